@@ -1,2 +1,34 @@
-"""Pre-activation residual networks with BN, ReLU and the identity addition fused into the convolutions."""
+"""Pre-activation residual networks with BN, ReLU and the identity addition fused into the convolutions.
+
+    model = fused_preact.models.preact_resnet50().cuda()     # fused; fused=False is the plain reference
+    unit = fused_preact.PreActBottleneck(256, 256)           # drop-in units
+    y = fused_preact.functional.preact_conv2d(x, weight, ...)
+
+Importing the package imports torch, no Triton, and touches no device.
+"""
+
+from . import functional, models
+from .functional import Statistics
+from .modules import (
+    IdentityProjection,
+    PreActBasicBlock,
+    PreActBottleneck,
+    PreActConv2d,
+    PreActSequential,
+)
+from .ops import backend, serving_backend
+
+__all__ = [
+    "IdentityProjection",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActConv2d",
+    "PreActSequential",
+    "Statistics",
+    "backend",
+    "functional",
+    "models",
+    "serving_backend",
+]
+
 __version__ = "0.1.0"

@@ -1,0 +1,310 @@
+"""Drop-in modules: plain ``nn.BatchNorm2d`` and ``nn.Conv2d`` children, read in one fused call.
+
+The children own the parameters and buffers, so state dicts, weight-decay filters, per-BN eps and momentum,
+``requires_grad`` and ``.to()`` work as in any model. ``fused=False`` (or setting ``module.fused = False``) runs
+the same children one by one: that is the plain model, with the same state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import BatchNorm, Convolution, Statistics, preact_conv2d, residual_unit
+
+__all__ = ["IdentityProjection", "PreActBasicBlock", "PreActBottleneck", "PreActConv2d", "PreActSequential"]
+
+
+def _conv(
+    in_channels: int, out_channels: int, kernel: int, stride: int, dilation: int = 1, **kwargs: Any
+) -> nn.Conv2d:
+    """A convolution without bias whose padding keeps the size at stride 1."""
+    padding = dilation * (kernel // 2)
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False, **kwargs)
+
+
+def _runs_fused(module: nn.Module) -> bool:
+    """Whether ``module`` may skip its children's own calls.
+
+    Hooks on a child (Grad-CAM, feature extraction) must see that child's call, and SyncBatchNorm needs its own
+    communication, so those run child by child: the same numbers, without fusion.
+    """
+    for child in module.children():
+        if (
+            child._forward_hooks
+            or child._forward_pre_hooks
+            or child._backward_hooks
+            or child._backward_pre_hooks
+        ):
+            return False
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.BatchNorm2d):
+            return False
+    return bool(module.fused)
+
+
+class PreActConv2d(nn.Module):
+    """``conv(relu(bn(x))) [+ residual]``: one pre-activation site with children ``bn`` and ``conv``.
+
+    Takes the arguments of ``nn.Conv2d`` and, by keyword, ``eps``, ``momentum``, ``affine`` and
+    ``track_running_stats`` of ``nn.BatchNorm2d``. [N,C,H,W] -> [N,K,OH,OW], in the memory format of the input;
+    dtypes and errors as in :func:`fused_preact.functional.preact_conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        fused: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.bn = nn.BatchNorm2d(in_channels, eps, momentum, affine, track_running_stats, **factory)
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **factory
+        )
+        self.fused = fused
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not _runs_fused(self):
+            y = self.conv(F.relu(self.bn(input)))
+            return y if residual is None else y + residual
+        bn, conv = BatchNorm.of(self.bn), Convolution.of(self.conv)
+        return preact_conv2d(
+            input,
+            conv.weight,
+            conv.bias,
+            bn_weight=bn.weight,
+            bn_bias=bn.bias,
+            running_mean=bn.running_mean,
+            running_var=bn.running_var,
+            num_batches_tracked=bn.num_batches_tracked,
+            training=bn.training,
+            momentum=bn.momentum,
+            eps=bn.eps,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            residual=residual,
+        )
+
+
+class IdentityProjection(nn.Module):
+    """The parameter-free shortcut of the paper's option A, as a 1x1 convolution with a constant weight.
+
+    Subsamples by ``stride`` and appends zero channels. With equal widths and stride 1 it is the identity, but of
+    the *activated* tensor: the first unit of a network shares its activation between both paths (He et al.
+    2016, appendix). The weight is a buffer outside the state dict.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        if out_channels < in_channels:
+            raise ValueError(
+                f"out_channels: got {out_channels}, allowed are {in_channels} (in_channels) or more"
+            )
+        weight = torch.eye(out_channels, in_channels, device=device, dtype=dtype)
+        self.register_buffer("weight", weight[:, :, None, None], persistent=False)
+        self.stride = (stride, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype), stride=self.stride)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, stride={self.stride}"
+
+
+def _shortcut(
+    kind: str | None, in_channels: int, out_channels: int, stride: int, factory: dict[str, Any]
+) -> nn.Module | None:
+    """The shortcut of a unit: None (identity), "A" (zero padding) or "B" (1x1 projection)."""
+    if kind == "auto":
+        kind = None if stride == 1 and in_channels == out_channels else "B"
+    if kind is None:
+        if stride != 1 or in_channels != out_channels:
+            raise ValueError(
+                f"shortcut: got None (identity) for {in_channels} -> {out_channels} channels at stride {stride}, "
+                "allowed there are 'A' (zero padding) and 'B' (projection)"
+            )
+        return None
+    if kind == "A":
+        return IdentityProjection(in_channels, out_channels, stride, **factory)
+    if kind == "B":
+        return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False, **factory)
+    raise ValueError(f"shortcut: got {kind!r}, allowed are None, 'A', 'B' and 'auto'")
+
+
+class _PreActUnit(nn.Module):
+    """What the two units share; a subclass adds its sites as bn1, conv1, bn2, conv2, ... and ``shortcut``."""
+
+    shortcut: nn.Module | None
+
+    def sites(self) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
+        """The unit's (bn, conv) pairs, in order."""
+        index = 1
+        while hasattr(self, f"conv{index}"):
+            yield getattr(self, f"bn{index}"), getattr(self, f"conv{index}")
+            index += 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.forward_with_statistics(input, None, False)[0]
+
+    def forward_with_statistics(
+        self, input: Tensor, statistics: Statistics | None, return_statistics: bool = True
+    ) -> tuple[Tensor, Statistics | None]:
+        """Forward that takes the statistics of its input and hands on those of its output.
+
+        Statistics are None where there are none to take or none wanted; they are then computed by the next
+        reader of the tensor.
+        """
+        if not _runs_fused(self):
+            return self._plain(input), None
+        sites = [(BatchNorm.of(bn), Convolution.of(conv)) for bn, conv in self.sites()]
+        projection = None
+        if isinstance(self.shortcut, IdentityProjection):
+            weight = self.shortcut.weight.to(sites[0][1].weight.dtype)
+            projection = Convolution(weight, stride=self.shortcut.stride)
+        elif isinstance(self.shortcut, nn.Conv2d):
+            projection = Convolution.of(self.shortcut)
+        return residual_unit(
+            input, sites, projection, statistics=statistics, return_statistics=return_statistics
+        )
+
+    def _plain(self, input: Tensor) -> Tensor:
+        """The definition, child by child."""
+        pairs = iter(self.sites())
+        bn, conv = next(pairs)
+        activated = F.relu(bn(input))
+        y = conv(activated)
+        for bn, conv in pairs:
+            y = conv(F.relu(bn(y)))
+        return y + (input if self.shortcut is None else self.shortcut(activated))
+
+
+class PreActBasicBlock(_PreActUnit):
+    """Pre-activation unit of two 3x3 convolutions (He et al. 2016, figure 4e): children bn1, conv1, bn2, conv2.
+
+    [N,in_channels,H,W] -> [N,out_channels,H/stride,W/stride]. ``shortcut`` is "auto" (identity where the shapes
+    allow it, else "B"), None (identity of the raw input), "A" (zero padding) or "B" (1x1 projection); A and B
+    read the activated input. Dtypes and errors as in :func:`fused_preact.functional.residual_unit`.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        dilation: int = 1,
+        *,
+        shortcut: str | None = "auto",
+        fused: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels, **factory)
+        self.conv1 = _conv(in_channels, out_channels, 3, stride, dilation, **factory)
+        self.bn2 = nn.BatchNorm2d(out_channels, **factory)
+        self.conv2 = _conv(out_channels, out_channels, 3, 1, dilation, **factory)
+        self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride, factory)
+        self.fused = fused
+
+
+class PreActBottleneck(_PreActUnit):
+    """Pre-activation bottleneck, 1x1 -> 3x3 -> 1x1: children bn1, conv1, bn2, conv2, bn3, conv3.
+
+    The inner width is ``out_channels // 4``. The stride is on the 3x3, or with ``stride_on_1x1`` on the first 1x1
+    as in the paper's CIFAR code. Otherwise as :class:`PreActBasicBlock`.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        dilation: int = 1,
+        *,
+        shortcut: str | None = "auto",
+        stride_on_1x1: bool = False,
+        fused: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
+        super().__init__()
+        if out_channels % self.expansion:
+            raise ValueError(f"out_channels: got {out_channels}, allowed are multiples of {self.expansion}")
+        width = out_channels // self.expansion
+        first, second = (stride, 1) if stride_on_1x1 else (1, stride)
+        self.bn1 = nn.BatchNorm2d(in_channels, **factory)
+        self.conv1 = _conv(in_channels, width, 1, first, **factory)
+        self.bn2 = nn.BatchNorm2d(width, **factory)
+        self.conv2 = _conv(width, width, 3, second, dilation, **factory)
+        self.bn3 = nn.BatchNorm2d(width, **factory)
+        self.conv3 = _conv(width, out_channels, 1, 1, **factory)
+        self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride, factory)
+        self.fused = fused
+
+
+class PreActSequential(nn.Sequential):
+    """Units in a row, each handing the statistics of its output to the next.
+
+    A module that is not one of our units, or one with hooks (which may change the tensor), takes and returns the
+    tensor alone; whoever reads its output next computes the statistics again.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.forward_with_statistics(input, None, False)[0]
+
+    def forward_with_statistics(
+        self, input: Tensor, statistics: Statistics | None = None, return_statistics: bool = True
+    ) -> tuple[Tensor, Statistics | None]:
+        """Forward that takes the statistics of its input and hands on those of its output, None where unknown."""
+        x, last = input, len(self) - 1
+        for index, module in enumerate(self):
+            if _hands_on(module):
+                following = self[index + 1] if index < last else None
+                wanted = (
+                    return_statistics if following is None else _hands_on(following) and following.training
+                )
+                x, statistics = module.forward_with_statistics(x, statistics, wanted)
+            else:
+                x, statistics = module(x), None
+        return x, statistics
+
+
+def _hands_on(module: nn.Module) -> bool:
+    if not isinstance(module, (_PreActUnit, PreActSequential)):
+        return False
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

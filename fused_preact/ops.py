@@ -1,0 +1,259 @@
+"""The operations as ``torch.library`` ops, their fake kernels, and which backend serves them.
+
+``torch.ops.fused_preact.*`` dispatch by device: the plain-PyTorch reference is registered as
+CompositeExplicitAutograd and serves every device; Triton's kernels are registered for CUDA (ROCm included)
+and XPU and so take precedence there. The ops are functional and carry no autograd formula: the public
+functions in :mod:`fused_preact.functional` are the way in.
+
+:func:`backend` forces one backend, for comparisons and for debugging.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["BACKENDS", "backend", "requested_backend", "serving_backend", "table"]
+
+BACKENDS = ("auto", "triton", "cpu", "reference")
+
+_CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+_HEAD = "Tensor dy, Tensor x, Tensor scale, Tensor shift, Tensor mean"
+_SCHEMAS = {
+    "bn_stats": "(Tensor x) -> (Tensor, Tensor)",
+    "bn_scale_shift": "(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    "conv_fprop": "(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, Tensor? residual,"
+    f" {_CONV}, bool stats) -> (Tensor, Tensor, Tensor)",
+    "conv_dgrad": "(Tensor dy, Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? da,"
+    f" {_CONV}) -> (Tensor, Tensor, Tensor)",
+    "conv_wgrad": f"(Tensor dy, Tensor x, Tensor scale, Tensor shift, Tensor weight, {_CONV}) -> Tensor",
+    "bn_backward_apply": "(Tensor g, Tensor x, Tensor mean, Tensor scale, Tensor rstd, Tensor sum_g,"
+    " Tensor sum_gx, bool training, Tensor? residual_grad) -> Tensor",
+    "bn_relu_avg_pool": "(Tensor x, Tensor scale, Tensor shift) -> Tensor",
+    "bn_relu_avg_pool_reduce": f"({_HEAD}) -> (Tensor, Tensor)",
+    "bn_relu_avg_pool_apply": f"({_HEAD}, Tensor rstd, Tensor sum_g, Tensor sum_gx, bool training) -> Tensor",
+}
+
+_library = torch.library.Library("fused_preact", "DEF")
+
+
+# --- fake kernels: shapes, dtypes and strides of the results, without data ------------------------------
+
+
+def _empty_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty image tensor with the dtype, device and memory format of ``x``."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format_of(x))
+
+
+def _vector(x: Tensor, size: int) -> Tensor:
+    return torch.empty(size, dtype=reference.statistics_dtype(x.dtype), device=x.device)
+
+
+def _fake_bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+
+def _fake_bn_scale_shift(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(var), torch.empty_like(var), torch.empty_like(var)
+
+
+def _fake_conv_fprop(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = reference.conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    y = _empty_like(x, (x.shape[0], weight.shape[0], *size))
+    channels = weight.shape[0] if stats else 0
+    return y, _vector(x, channels), _vector(x, channels)
+
+
+def _fake_conv_dgrad(
+    dy: Tensor, weight: Tensor, x: Tensor, scale: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = 0 if scale is None else x.shape[1]
+    return _empty_like(x, tuple(x.shape)), _vector(x, channels), _vector(x, channels)
+
+
+def _fake_conv_wgrad(
+    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, *args: Any
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _fake_bn_backward_apply(g: Tensor, x: Tensor, *args: Any) -> Tensor:
+    return _empty_like(x, tuple(x.shape))
+
+
+def _fake_bn_relu_avg_pool(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1])
+
+
+def _fake_bn_relu_avg_pool_reduce(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _fake_bn_stats(x)
+
+
+def _fake_bn_relu_avg_pool_apply(dy: Tensor, x: Tensor, *args: Any) -> Tensor:
+    return _empty_like(x, tuple(x.shape))
+
+
+# --- which backend serves ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def _triton_table() -> Any:
+    """The Triton launchers; imported by the first operation that needs them, never by the package."""
+    return importlib.import_module("fused_preact.kernels.triton")
+
+
+def _triton_missing() -> str | None:
+    """Why Triton cannot serve at all in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (CUDA builds of torch bring it; else pip install triton)"
+    return None
+
+
+@functools.cache
+def _warn_without_triton() -> None:
+    warnings.warn(
+        f"fused_preact: {_triton_missing()}; plain PyTorch serves instead, without fusion",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _triton_op(name: str) -> Callable[..., Any]:
+    """The kernel registered for GPUs: Triton's launcher, or the reference for what it does not serve."""
+    fallback = getattr(reference, name)
+
+    def serve(*args: Any) -> Any:
+        if _triton_missing() is not None:
+            _warn_without_triton()
+            return fallback(*args)
+        return getattr(_triton_table(), name)(*args)
+
+    return serve
+
+
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    for _key in ("CUDA", "XPU"):
+        _library.impl(_name, _triton_op(_name), _key)
+    torch.library.register_fake(f"fused_preact::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+
+_dispatched = SimpleNamespace(**{name: getattr(torch.ops.fused_preact, name).default for name in _SCHEMAS})
+
+
+class _Requested(threading.local):
+    # A context variable would be the natural home, but Dynamo cannot trace ContextVar.get.
+    name: str | None = None
+
+
+_requested = _Requested()
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}, allowed are {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def requested_backend() -> str:
+    """The backend asked for in this thread, by :func:`backend` or by ``FUSED_PREACT_BACKEND``, else "auto"."""
+    if _requested.name is not None:
+        return _requested.name
+    return _ENVIRONMENT
+
+
+_ENVIRONMENT = _checked(os.environ.get("FUSED_PREACT_BACKEND", "auto"), "FUSED_PREACT_BACKEND")
+
+
+def _unavailable(name: str, device: torch.device | None) -> str | None:
+    """Why backend ``name`` cannot serve tensors on ``device`` (None: on any device), or None."""
+    if name == "cpu":
+        return "this build has no compiled CPU kernels"
+    if name == "triton":
+        missing = _triton_missing()
+        if missing is not None:
+            return missing
+        if device is not None and device.type not in ("cuda", "xpu") and not _interpreting():
+            return (
+                f"Triton needs a CUDA, ROCm or XPU device and the tensors are on {device}"
+                " (TRITON_INTERPRET=1, set before the process starts, runs the kernels slowly on the CPU)"
+            )
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend for what this thread runs in the ``with`` block: forward, and the backward of it.
+
+    "auto": Triton on CUDA, ROCm and XPU tensors, compiled kernels on CPU tensors where they were built,
+    plain PyTorch otherwise. "triton", "cpu", "reference": that one. The environment variable
+    ``FUSED_PREACT_BACKEND`` sets the default.
+
+    Raises ValueError for an unknown name and RuntimeError, saying what is missing, for one that is not there.
+    """
+    missing = _unavailable(_checked(name, "backend(name)"), None)
+    if missing is not None:
+        raise RuntimeError(f"backend({name!r}) is not available: {missing}")
+    before = _requested.name
+    _requested.name = name
+    try:
+        yield
+    finally:
+        _requested.name = before
+
+
+def serving_backend(x: Tensor) -> str:
+    """The backend that serves tensors like ``x``: "triton", "cpu" or "reference".
+
+    Raises RuntimeError where the requested backend cannot serve them.
+    """
+    name = requested_backend()
+    if name != "auto":
+        missing = _unavailable(name, x.device)
+        if missing is not None:
+            raise RuntimeError(f"backend {name!r} was asked for and is not available: {missing}")
+        # float64 is the oracle's dtype: the reference serves it on every device.
+        return "reference" if x.dtype == torch.float64 else name
+    if x.device.type in ("cuda", "xpu") and x.dtype != torch.float64:
+        return "triton"
+    return "reference"
+
+
+def table(requested: str) -> Any:
+    """The ten operations of the requested backend, as an object with one function each."""
+    if requested == "reference":
+        return reference
+    if requested == "triton" and _interpreting():
+        return _triton_table()
+    return _dispatched

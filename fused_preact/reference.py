@@ -1,0 +1,260 @@
+"""The operations in plain PyTorch: what every kernel is checked against, and what serves where none is.
+
+A *site* is BN -> ReLU -> convolution. Its forward and its closed-form backward are made of the ten
+functions below, each with the signature of the op of the same name in :mod:`fused_preact.ops` and of the
+launcher of the same name in ``fused_preact.kernels.triton``. :mod:`fused_preact.schedule` chains them into
+a whole residual unit. All of them take any floating dtype; float64 makes them the oracle.
+
+Equations (He et al. 2016, arXiv:1603.05027, for the unit; Ioffe & Szegedy 2015, arXiv:1502.03167, for BN),
+per channel, over m = N*H*W values:
+
+    forward   r = (v + eps)^-1/2    s = gamma r    t = beta - mu s    z = s x + t    a = max(z, 0)
+              y = conv(a, W) + bias + residual
+    backward  da = dgrad(dy, W)     g = da [z > 0]     dW = wgrad(a, dy)
+              dbeta = sum g         dgamma = r sum g (x - mu)
+              dx = s (g - dbeta/m - (x - mu) r dgamma/m)      batch statistics
+              dx = s g                                        running statistics
+
+Tensors are N,C,H,W in either memory format; every output has the memory format of ``x``. Statistics and
+per-channel vectors are float32, or float64 where ``x`` is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "bn_backward_apply",
+    "bn_relu_avg_pool",
+    "bn_relu_avg_pool_apply",
+    "bn_relu_avg_pool_reduce",
+    "bn_scale_shift",
+    "bn_stats",
+    "conv_dgrad",
+    "conv_fprop",
+    "conv_output_size",
+    "conv_wgrad",
+    "memory_format_of",
+    "statistics_dtype",
+]
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of means, variances and sums over tensors of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """``channels_last`` where ``x`` is dense in that order, else ``contiguous_format``."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def conv_output_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Height and width of a convolution's output."""
+    height, width = (
+        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    )
+    return height, width
+
+
+def _column(vector: Tensor) -> Tensor:
+    return vector.view(1, -1, 1, 1)
+
+
+def _normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Z = s x + t, in the dtype of the statistics."""
+    return torch.addcmul(_column(shift), x.to(scale.dtype), _column(scale))
+
+
+def _activate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """A = max(s x + t, 0), rounded to the dtype of ``x`` as the convolution's input is."""
+    return _normalise(x, scale, shift).relu_().to(x.dtype)
+
+
+def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel: ``x`` [N,C,H,W] -> two [C]."""
+    if x.numel() == 0:
+        # An empty batch has no statistics; zeros leave the (empty) output and the gradients finite.
+        zeros = torch.zeros(x.shape[1], dtype=statistics_dtype(x.dtype), device=x.device)
+        return zeros, zeros.clone()
+    var, mean = torch.var_mean(x.to(statistics_dtype(x.dtype)), dim=(0, 2, 3), correction=0)
+    return mean, var
+
+
+def bn_scale_shift(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S = gamma r, t = beta - mu s and r = (v + eps)^-1/2, each [C]; gamma is 1 and beta 0 where absent."""
+    rstd = torch.rsqrt(var + eps)
+    scale = rstd.clone() if weight is None else weight.to(rstd.dtype) * rstd
+    shift = -mean * scale
+    if bias is not None:
+        shift = shift + bias.to(rstd.dtype)
+    return scale, shift, rstd
+
+
+def conv_fprop(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y = conv(max(s x + t, 0), W) + bias + residual, and the mean and biased variance of the stored y.
+
+    Zero padding is applied to the activated tensor, so a padded tap is 0 and not max(t, 0). With
+    ``stats=False`` the two statistics have no elements.
+    """
+    y = F.conv2d(_activate(x, scale, shift), weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        y = y + residual
+    y = y.contiguous(memory_format=memory_format_of(x))
+    if not stats:
+        return y, scale.new_empty(0), scale.new_empty(0)
+    return y, *bn_stats(y)
+
+
+def conv_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None,
+    da: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G = (dgrad(dy, W) + da) [z > 0], sum g and sum g (x - mu): like ``x``, [C], [C].
+
+    ``da`` is the gradient that a second user of the same activation sends; it is added before the mask.
+    With ``scale=None`` nothing is masked or summed: that is the form in which a second user computes ``da``.
+    """
+    grad = _conv_backward(dy, x, weight, stride, padding, dilation, groups, (True, False))[0]
+    grad = grad.contiguous(memory_format=memory_format_of(x))
+    if scale is None or shift is None or mean is None:
+        empty = torch.empty(0, dtype=statistics_dtype(x.dtype), device=x.device)
+        return grad, empty, empty.clone()
+    if da is not None:
+        grad = grad + da
+    g = grad.masked_fill_(_normalise(x, scale, shift) <= 0, 0)
+    wide = g.to(scale.dtype)
+    sum_g = wide.sum((0, 2, 3))
+    sum_gx = (wide * (x.to(scale.dtype) - _column(mean))).sum((0, 2, 3))
+    return g, sum_g, sum_gx
+
+
+def conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """DW of the convolution, with the shape, dtype and strides of ``weight``; the activation is recomputed."""
+    activated = _activate(x, scale, shift)
+    dweight = _conv_backward(dy, activated, weight, stride, padding, dilation, groups, (False, True))[1]
+    return torch.empty_like(weight).copy_(dweight)
+
+
+def _conv_backward(
+    dy: Tensor,
+    activated: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    mask: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, activated, weight, None, stride, padding, dilation, False, [0, 0], groups, [*mask, False]
+    )
+    return dx, dweight
+
+
+def bn_backward_apply(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    rstd: Tensor,
+    sum_g: Tensor,
+    sum_gx: Tensor,
+    training: bool,
+    residual_grad: Tensor | None,
+) -> Tensor:
+    """Dx = A g + B (x - mu) + C (+ the gradient of the identity path), with the memory format of ``x``.
+
+    A = s, B = -s r^2 (sum g (x - mu)) / m, C = -s (sum g) / m; with running statistics B = C = 0.
+    """
+    wide = g.to(scale.dtype)
+    if training:
+        inv_m = 1.0 / max(x.numel() // max(x.shape[1], 1), 1)
+        slope = _column(-scale * rstd * rstd * sum_gx * inv_m)
+        offset = _column(-scale * sum_g * inv_m)
+        dx = wide * _column(scale) + (x.to(scale.dtype) - _column(mean)) * slope + offset
+    else:
+        dx = wide * _column(scale)
+    if residual_grad is not None:
+        dx = dx + residual_grad.to(scale.dtype)
+    return dx.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+
+
+def bn_relu_avg_pool(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The network's head, mean over H and W of max(s x + t, 0): [N,C,H,W] -> [N,C]."""
+    return _normalise(x, scale, shift).relu_().mean((2, 3)).to(x.dtype)
+
+
+def _head_g(dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """G = dy / (H W) [z > 0], in the dtype of the statistics."""
+    spread = (dy.to(scale.dtype) / (x.shape[2] * x.shape[3]))[:, :, None, None]
+    return torch.where(_normalise(x, scale, shift) <= 0, spread.new_zeros(()), spread)
+
+
+def bn_relu_avg_pool_reduce(
+    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Backward of the head, first pass: sum g and sum g (x - mu), with g = dy / (H W) [z > 0]; ``dy`` is [N,C]."""
+    g = _head_g(dy, x, scale, shift)
+    return g.sum((0, 2, 3)), (g * (x.to(scale.dtype) - _column(mean))).sum((0, 2, 3))
+
+
+def bn_relu_avg_pool_apply(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    sum_g: Tensor,
+    sum_gx: Tensor,
+    training: bool,
+) -> Tensor:
+    """Backward of the head, second pass: dx as in :func:`bn_backward_apply`, without ever storing g."""
+    g = _head_g(dy, x, scale, shift)
+    return bn_backward_apply(g, x, mean, scale, rstd, sum_g, sum_gx, training, None)
