@@ -239,7 +239,8 @@ def _first_statistics(
 ) -> tuple[Tensor, Tensor]:
     """What the BN that reads ``x`` normalises with."""
     if not bn.batch_stats:
-        assert bn.running_mean is not None and bn.running_var is not None
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
         wide = statistics_dtype(x.dtype)
         return bn.running_mean.to(wide), bn.running_var.to(wide)
     if statistics is not None:

@@ -27,6 +27,15 @@ def _conv(
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False, **kwargs)
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def _runs_fused(module: nn.Module) -> bool:
     """Whether ``module`` may skip its children's own calls.
 
@@ -34,12 +43,7 @@ def _runs_fused(module: nn.Module) -> bool:
     communication, so those run child by child: the same numbers, without fusion.
     """
     for child in module.children():
-        if (
-            child._forward_hooks
-            or child._forward_pre_hooks
-            or child._backward_hooks
-            or child._backward_pre_hooks
-        ):
+        if _has_hooks(child):
             return False
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.BatchNorm2d):
             return False
@@ -288,7 +292,7 @@ class PreActSequential(nn.Sequential):
         """Forward that takes the statistics of its input and hands on those of its output, None where unknown."""
         x, last = input, len(self) - 1
         for index, module in enumerate(self):
-            if _hands_on(module):
+            if isinstance(module, (_PreActUnit, PreActSequential)) and not _has_hooks(module):
                 following = self[index + 1] if index < last else None
                 wanted = (
                     return_statistics if following is None else _hands_on(following) and following.training
@@ -297,14 +301,3 @@ class PreActSequential(nn.Sequential):
             else:
                 x, statistics = module(x), None
         return x, statistics
-
-
-def _hands_on(module: nn.Module) -> bool:
-    if not isinstance(module, (_PreActUnit, PreActSequential)):
-        return False
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

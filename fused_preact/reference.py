@@ -175,7 +175,7 @@ def conv_wgrad(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """DW of the convolution, with the shape, dtype and strides of ``weight``; the activation is recomputed."""
+    """dW of the convolution, with the shape, dtype and strides of ``weight``; the activation is recomputed."""
     activated = _activate(x, scale, shift)
     dweight = _conv_backward(dy, activated, weight, stride, padding, dilation, groups, (False, True))[1]
     return torch.empty_like(weight).copy_(dweight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,7 +65,7 @@ def make_stage(
     units: int,
     stride: int,
     first_shortcut: str | None,
-    **kwargs: bool,
+    **kwargs: Any,
 ) -> PreActSequential:
     """A stage: the first unit changes the shape, the others keep it and have identity shortcuts."""
     first = unit(in_channels, out_channels, stride, shortcut=first_shortcut, **kwargs)
