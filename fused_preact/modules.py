@@ -7,7 +7,7 @@ the same children one by one: that is the plain model, with the same state dict.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ def _conv(
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False, **kwargs)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to the calls of ``module`` itself."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -36,18 +37,17 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _runs_fused(module: nn.Module) -> bool:
-    """Whether ``module`` may skip its children's own calls.
+def may_skip_calls(children: Iterable[nn.Module]) -> bool:
+    """Whether a fused call may take the place of the calls of ``children``.
 
     Hooks on a child (Grad-CAM, feature extraction) must see that child's call, and SyncBatchNorm needs its own
-    communication, so those run child by child: the same numbers, without fusion.
+    communication, so with those the children run one by one: the same numbers, without fusion.
     """
-    for child in module.children():
-        if _has_hooks(child):
-            return False
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.BatchNorm2d):
-            return False
-    return bool(module.fused)
+    return not any(
+        has_hooks(child)
+        or (isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.BatchNorm2d))
+        for child in children
+    )
 
 
 class PreActConv2d(nn.Module):
@@ -86,7 +86,7 @@ class PreActConv2d(nn.Module):
         self.fused = fused
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not _runs_fused(self):
+        if not (self.fused and may_skip_calls(self.children())):
             y = self.conv(F.relu(self.bn(input)))
             return y if residual is None else y + residual
         bn, conv = BatchNorm.of(self.bn), Convolution.of(self.conv)
@@ -182,7 +182,7 @@ class _PreActUnit(nn.Module):
         Statistics are None where there are none to take or none wanted; they are then computed by the next
         reader of the tensor.
         """
-        if not _runs_fused(self):
+        if not (self.fused and may_skip_calls(self.children())):
             return self._plain(input), None
         sites = [(BatchNorm.of(bn), Convolution.of(conv)) for bn, conv in self.sites()]
         projection = None
@@ -292,11 +292,10 @@ class PreActSequential(nn.Sequential):
         """Forward that takes the statistics of its input and hands on those of its output, None where unknown."""
         x, last = input, len(self) - 1
         for index, module in enumerate(self):
-            if isinstance(module, (_PreActUnit, PreActSequential)) and not _has_hooks(module):
+            if isinstance(module, (_PreActUnit, PreActSequential)) and not has_hooks(module):
                 following = self[index + 1] if index < last else None
-                wanted = (
-                    return_statistics if following is None else _hands_on(following) and following.training
-                )
+                # A reader that normalises with running statistics has no use for the batch's.
+                wanted = return_statistics if following is None else following.training
                 x, statistics = module.forward_with_statistics(x, statistics, wanted)
             else:
                 x, statistics = module(x), None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import BatchNorm, bn_relu_avg_pool2d
-from ..modules import PreActBasicBlock, PreActBottleneck, PreActSequential, _runs_fused
+from ..modules import PreActBasicBlock, PreActBottleneck, PreActSequential, has_hooks, may_skip_calls
 
 __all__ = ["PreActResNet"]
 
@@ -50,8 +50,12 @@ class PreActResNet(nn.Module):
         if x.is_cuda and self.fused:
             # Once here instead of once per unit: the kernels work on channels_last.
             x = x.contiguous(memory_format=torch.channels_last)
-        x, statistics = self.stages.forward_with_statistics(self.stem(x), None, self.training)
-        if _runs_fused(self):
+        x, statistics = self.stem(x), None
+        if has_hooks(self.stages):
+            x = self.stages(x)
+        else:
+            x, statistics = self.stages.forward_with_statistics(x, None, self.training)
+        if self.fused and may_skip_calls([self.bn]):
             features = bn_relu_avg_pool2d(x, BatchNorm.of(self.bn), statistics)
         else:
             features = F.relu(self.bn(x)).mean((2, 3))
