@@ -216,7 +216,8 @@ def _unavailable(name: str, device: torch.device | None) -> str | None:
         missing = _triton_missing()
         if missing is not None:
             return missing
-        if device is not None and device.type not in ("cuda", "xpu") and not _interpreting():
+        if device is not None and device.type not in ("cuda", "xpu", "meta") and not _interpreting():
+            # (Meta tensors run nothing: they serve to record launches, kernels.triton.common.recording.)
             return (
                 f"Triton needs a CUDA, ROCm or XPU device and the tensors are on {device}"
                 " (TRITON_INTERPRET=1, set before the process starts, runs the kernels slowly on the CPU)"
@@ -270,6 +271,6 @@ def table(requested: str) -> Any:
     """The nine operations of the requested backend, as an object with one function each."""
     if requested == "reference":
         return reference
-    if requested == "triton" and _interpreting():
-        return _triton  # CPU tensors, which the dispatcher would send elsewhere
+    if requested == "triton" and not torch.compiler.is_compiling():
+        return _triton  # also for the interpreter's CPU tensors, which the dispatcher would send elsewhere
     return _dispatched

@@ -141,10 +141,13 @@ def conv_wgrad(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
     )
-    dweight = torch.empty(
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        # With the strides too: those of a 1x1 are ambiguous, and DDP's buckets compare them.
+        dweight = torch.empty_like(weight)
+        sum_partials(partials, dweight)
+        return dweight
+    ordered = torch.empty(
         weight.shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last
     )
-    sum_partials(partials, dweight)
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        return dweight
-    return torch.empty_like(weight).copy_(dweight)
+    sum_partials(partials, ordered)
+    return torch.empty_like(weight).copy_(ordered)

@@ -68,10 +68,12 @@ def _sum_partials_kernel(
 ):
     group = tl.program_id(1)
     i = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    first = group * FAN_IN
+    last = tl.minimum(first + FAN_IN, tiles)
     total = tl.zeros((BLOCK_L,), tl.float32)
-    for start in range(0, FAN_IN, BLOCK_T):
-        tile = group * FAN_IN + start + tl.arange(0, BLOCK_T)
-        mask = (tile < tiles)[:, None] & (i < L)[None, :]
+    for start in range(first, last, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        mask = (tile < last)[:, None] & (i < L)[None, :]
         part = tl.load(partials_ptr + tile.to(tl.int64)[:, None] * L + i[None, :], mask=mask, other=0.0)
         total += tl.sum(part, axis=0)
     total = total.to(out_ptr.dtype.element_ty)
@@ -131,8 +133,8 @@ def sum_partials(partials: Tensor, out: Tensor, tail: Tensor | None = None) -> N
             tiles=tiles,
             L=length,
             HALF=level.numel(),
-            FAN_IN=power_of_two(tiles, 1, _FAN_IN),
-            BLOCK_T=power_of_two(tiles, 1, 32),
+            FAN_IN=_FAN_IN,
+            BLOCK_T=32,
             BLOCK_L=block_l,
         )
         if last:
