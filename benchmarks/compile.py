@@ -303,9 +303,9 @@ def _markdown(rows: list[Row]) -> str:
     lines = [
         "# Compiled kernels",
         "",
-        "Written by `python -m benchmarks compile --markdown docs/compiled-kernels.md`: every kernel that one training",
-        f"step of {' and '.join(NETWORKS)} launches, cross-compiled with Triton {triton.__version__}. No GPU is",
-        "involved: this says what the compiler made, not how fast it runs.",
+        "Written by `python -m benchmarks compile --markdown docs/compiled-kernels.md`: every kernel that one",
+        f"training step of {' and '.join(NETWORKS)} launches, cross-compiled with Triton",
+        f"{triton.__version__}. No GPU is involved: this says what the compiler made, not how fast it runs.",
         "",
         f"{len(rows)} kernels, {bad} with a problem (an error, spills on sm_80 or sm_90, more shared memory than the",
         "chip has, a convolution in bf16 without its chip's tensor-core instruction).",
