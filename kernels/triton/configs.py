@@ -43,13 +43,15 @@ def conv_config(
         # No tensor cores: the operands of every FMA are registers, and a larger tile spills on sm_80.
         return ConvConfig(64, power_of_two(columns, 16, 64), power_of_two(depth, 16, 32), 4, 2)
     # The whole of C_out in one tile where it fits: each element is then activated once. 256 columns of
-    # float32 accumulators beside A in registers would pass 255 registers a thread, so 128 is the most.
-    block_n = power_of_two(columns, 16, 128)
+    # float32 accumulators beside A in registers would pass 255 registers a thread, so 128 is the most; with
+    # float32 tiles in the epilogue too, 64 (128 spills in the dgrad of 3x3 sites, on sm_80 and sm_90).
+    wide = dtype == torch.float32
+    block_n = power_of_two(columns, 16, 64 if wide else 128)
     # 128 bytes a row of A: one full cache line of channels a pixel.
     block_k = power_of_two(depth, 16, 128 // dtype.itemsize)
     block_m = 128
     # 64 accumulators a thread at most, which leaves room for the activated A tile.
-    num_warps = 8 if block_n == 128 else 4
+    num_warps = 8 if block_n == 128 or wide else 4
     if cdiv(rows, block_m) * cdiv(columns, block_n) < device.multiprocessors:
         block_m, num_warps = 64, 4  # few tiles: smaller ones fill more of the chip
     # Three stages hide the latency of the loads on CUDA; on AMD a stage more than two costs occupancy.
