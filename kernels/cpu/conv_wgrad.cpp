@@ -1,0 +1,158 @@
+// conv_wgrad: dW = wgrad(max(s x + t, 0), dy), the activation recomputed tile by tile.
+//
+// A sum over pixels of outer products: dW = dy^T a, with a [pixels, taps * channels] gathered into scratch. One
+// operand has to be transposed there; the narrower one is. The work is cut into tasks, column blocks of the
+// result (so that its accumulator stays in the second-level cache) times ranges of pixels (so that every
+// thread has one); partial sums over the ranges are added in order.
+#include <ATen/ops/empty_like.h>
+
+#include "gather.h"
+#include "ops.h"
+#include "split.h"
+#include "tile_gemm.h"
+
+namespace fused_preact {
+
+namespace {
+
+// 1 MiB of accumulator.
+constexpr int64_t kAccFloats = 256 * 1024;
+constexpr int64_t kOperandFloats = 64 * 1024;
+
+// Columns [begin, end) of a [pixels, taps * depth] matrix, depth the padded channels, written at `out`.
+template <typename T>
+void gather_columns(
+    const Source<T>& source, const Grid& grid, int64_t p_begin, int64_t p_end, int64_t begin, int64_t end,
+    float* out, int64_t out_stride) {
+  const int64_t depth = round_up(source.channels, kLanes);
+  for (int64_t column = begin; column < end;) {
+    const int64_t tap = column / depth, c = column % depth, count = std::min(depth - c, end - column);
+    gather_tap(
+        source, grid, grid.taps[tap], p_begin, p_end, c, std::min(c + count, source.channels),
+        out + column - begin, out_stride);
+    column += count;
+  }
+}
+
+// Pixel p of a dense tensor is its row p.
+Grid rows_grid(int64_t rows) {
+  return {1, 1, rows, 1, rows, 1, 1, 1, rows, 1, 1, 0, 0, {{0, 0, 0}}};
+}
+
+struct Plan {
+  int64_t left, right; // widths of the operands, padded
+  int64_t pixels;
+  int64_t column_block, columns, ranges; // tasks are columns x ranges
+  int64_t tile; // pixels of a tile
+
+  Plan(int64_t left, int64_t right, int64_t pixels) : left(left), right(right), pixels(pixels) {
+    const int64_t threads = at::get_num_threads();
+    int64_t blocks = (left * right + kAccFloats - 1) / kAccFloats;
+    blocks = blocks > 1 ? round_up(blocks, threads) : 1;
+    column_block = round_up((right + blocks - 1) / blocks, PackedWeights::kPanel);
+    columns = (right + column_block - 1) / column_block;
+    ranges = std::min((threads + columns - 1) / columns, (pixels + 63) / 64);
+    tile = std::min<int64_t>(256, std::max<int64_t>(64, kOperandFloats / std::max(left, column_block)));
+  }
+};
+
+// acc [ranges][left][right] = left^T right over each range of pixels.
+template <typename T>
+void accumulate(
+    const Plan& plan, const Source<T>& left, const Grid& left_grid, const Source<T>& right, const Grid& right_grid,
+    float* acc) {
+  const Parts tasks(plan.columns * plan.ranges);
+  tasks.run([&](int64_t, int64_t task_begin, int64_t task_end) {
+    // A row stride that is a power of two would put a column of the operand into few sets of the cache.
+    const int64_t right_stride = plan.column_block + kLanes;
+    Arena arena(thread_scratch(plan.tile * (2 * plan.left + right_stride) + 3 * kLanes));
+    float* rows = arena.take(plan.tile * plan.left);
+    float* transposed = arena.take(plan.tile * plan.left);
+    float* columns = arena.take(plan.tile * right_stride);
+    for (int64_t task = task_begin; task < task_end; task++) {
+      const int64_t range = task / plan.columns, c_begin = task % plan.columns * plan.column_block;
+      const int64_t c_end = std::min(c_begin + plan.column_block, plan.right);
+      const int64_t p_begin = range * plan.pixels / plan.ranges, p_end = (range + 1) * plan.pixels / plan.ranges;
+      float* out = acc + range * plan.left * plan.right + c_begin;
+      for (int64_t p = p_begin; p < p_end; p += plan.tile) {
+        const int64_t count = std::min(plan.tile, p_end - p);
+        gather_columns(left, left_grid, p, p + count, 0, plan.left, rows, plan.left);
+        common_loops().transpose(rows, plan.left, count, plan.left, transposed, plan.tile);
+        gather_columns(right, right_grid, p, p + count, c_begin, c_end, columns, right_stride);
+        for (int64_t c = 0; c < c_end - c_begin; c += PackedWeights::kPanel) {
+          gemm(
+              plan.left, std::min(PackedWeights::kPanel, c_end - c_begin - c), count, transposed, plan.tile,
+              columns + c, right_stride, out + c, plan.right, p > p_begin);
+        }
+      }
+    }
+    gemm_release();
+  });
+}
+
+// Adds the ranges and drops the padding: dW as [K, R S, C], from acc [k][tap][c] or, swapped, [tap][c][k].
+template <typename T>
+void finish(const Plan& plan, const float* acc, bool swapped, int64_t k, int64_t taps, int64_t c, T* out) {
+  const int64_t depth = round_up(c, kLanes);
+  at::parallel_for(0, k, 1 + (1 << 14) / (taps * c), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      for (int64_t tap = 0; tap < taps; tap++) {
+        for (int64_t j = 0; j < c; j++) {
+          const int64_t column = tap * depth + j;
+          const float* from = swapped ? acc + column * plan.right + i : acc + i * plan.right + column;
+          float sum = from[0];
+          for (int64_t range = 1; range < plan.ranges; range++) {
+            sum += from[range * plan.left * plan.right];
+          }
+          out[(i * taps + tap) * c + j] = static_cast<T>(sum);
+        }
+      }
+    }
+  });
+}
+
+} // namespace
+
+Tensor conv_wgrad(
+    const Tensor& dy_, const Tensor& x_, const Tensor& scale_, const Tensor& shift_, const Tensor& weight,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const auto dtype = x_.scalar_type();
+  if (!served(x_) || !served(dy_) || dy_.scalar_type() != dtype || weight.scalar_type() != dtype) {
+    return call_reference<decltype(conv_wgrad)>(
+        "fused_preact::conv_wgrad", dy_, x_, scale_, shift_, weight, stride, padding, dilation, groups);
+  }
+  if (takes_split_path(x_, groups)) {
+    return split_wgrad(dy_, x_, scale_, shift_, weight, stride, padding, dilation, groups);
+  }
+  const Tensor dy = nhwc(dy_), x = nhwc(x_), scale = floats(scale_), shift = floats(shift_);
+  const ConvShape shape(x.sizes(), weight.sizes(), stride, padding, dilation);
+  const Grid grid = shape.forward_grid(), dy_grid = rows_grid(grid.pixels());
+  const int64_t taps = shape.r * shape.s;
+  const int64_t k_width = round_up(shape.k, kLanes), a_width = taps * round_up(shape.c, kLanes);
+  const bool swapped = k_width > a_width;
+  const Plan plan(swapped ? a_width : k_width, swapped ? k_width : a_width, grid.pixels());
+  const Tensor acc = at::empty({plan.ranges, plan.left, plan.right}, at::kFloat);
+  const Tensor dweight = at::empty({shape.k, shape.r, shape.s, shape.c}, weight.options());
+  FUSED_PREACT_DISPATCH(dtype, "conv_wgrad", [&] {
+    const Source<scalar_t> a{x.const_data_ptr<scalar_t>(), shape.c, {pointer(scale), pointer(shift)}};
+    const Source<scalar_t> b{dy.const_data_ptr<scalar_t>(), shape.k, {nullptr, nullptr}};
+    float* out = acc.mutable_data_ptr<float>();
+    if (swapped) {
+      accumulate(plan, a, grid, b, dy_grid, out);
+    } else {
+      accumulate(plan, b, dy_grid, a, grid, out);
+    }
+    finish(plan, out, swapped, shape.k, taps, shape.c, dweight.mutable_data_ptr<scalar_t>());
+  });
+  const Tensor result = dweight.permute({0, 3, 1, 2});
+  if (result.strides() == weight.strides()) {
+    return result;
+  }
+  return at::empty_like(weight).copy_(result);
+}
+
+TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {
+  m.impl("conv_wgrad", conv_wgrad);
+}
+
+} // namespace fused_preact
