@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   const ConvShape shape(x.sizes(), weight.sizes(), stride, padding, dilation);
   const Grid grid = shape.forward_grid();
   const PackedWeights packed = pack_forward(weight);
-  const Tiling tiling(grid, packed.depth);
+  const Tiling tiling(grid, packed.depth, packed.columns);
   const Parts parts(tiling.tiles);
   const Tensor y = empty_nhwc({shape.n, shape.k, shape.oh, shape.ow}, x);
   std::optional<PartMoments> statistics;

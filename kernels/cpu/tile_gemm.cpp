@@ -52,12 +52,15 @@ PackedWeights pack_forward(const Tensor& weight_) {
             const int64_t panel = i / taps, tap = i % taps;
             const int64_t count = packed.channels(panel), width = packed.width(panel);
             float* out = const_cast<float*>(packed.data(panel)) + tap * depth * width;
-            loops<scalar_t>().activate(
-                w + (panel * PackedWeights::kPanel * taps + tap) * c, taps * c, count, c, {nullptr, nullptr}, rows,
-                depth);
+            const scalar_t* from = w + (panel * PackedWeights::kPanel * taps + tap) * c;
             if (count < width) {
               std::memset(out, 0, depth * width * sizeof(float));
             }
+            if (std::is_same_v<scalar_t, float> && c == depth) {
+              common_loops().transpose(reinterpret_cast<const float*>(from), taps * c, count, c, out, width);
+              continue;
+            }
+            loops<scalar_t>().activate(from, taps * c, count, c, {nullptr, nullptr}, rows, depth);
             common_loops().transpose(rows, depth, count, depth, out, width);
           }
         });
@@ -122,12 +125,11 @@ int64_t balanced(int64_t total, int64_t target) {
 
 } // namespace
 
-Tiling::Tiling(const Grid& grid, int64_t depth) {
+Tiling::Tiling(const Grid& grid, int64_t depth, int64_t columns) {
   const int64_t taps = static_cast<int64_t>(grid.taps.size());
   std::tie(window_h, window_w) = dense_window(grid);
-  // Between two rows of an image a band computes window_w - 1 pixels for nothing: under 14 pixels that is
-  // more than the copies of the explicit form cost.
-  band = window_w > 1 && grid.w >= 14;
+  static const int64_t wmin = getenv("FPW") ? atol(getenv("FPW")) : 14;
+  band = window_w > 1 && grid.w >= wmin;
   if (band) {
     const int64_t row_floats = (grid.w + window_w - 1) * depth;
     const int64_t fitting = kLeftFloats / row_floats - (window_h - 1);
@@ -136,8 +138,11 @@ Tiling::Tiling(const Grid& grid, int64_t depth) {
     rows = (grid.h + per_image - 1) / per_image;
     tiles = grid.n * ((grid.h + rows - 1) / rows);
     chunk_taps = taps;
+    // A call costs about as much as 8 Ki multiplications (100 ns); a row between two skips this many.
+    row_calls = (window_w - 1) * std::min(columns, PackedWeights::kPanel) * window_w * depth > (1 << 13);
     return;
   }
+  row_calls = false;
   window_h = window_w = 1;
   chunk_taps = std::max<int64_t>(1, std::min(taps, kChunkDepth / depth));
   const int64_t target = std::min<int64_t>(192, std::max<int64_t>(64, kLeftFloats / (chunk_taps * depth)));

@@ -51,10 +51,11 @@ struct Tiling {
   bool band;
   int64_t window_h, window_w; // the kernel, where it is a dense window
   int64_t rows; // pixels of a tile, or rows of an image for a band
+  bool row_calls; // a band is multiplied row by row, not at once with the columns between two rows
   int64_t tiles;
   int64_t chunk_taps; // taps gathered at a time
 
-  Tiling(const Grid& grid, int64_t depth);
+  Tiling(const Grid& grid, int64_t depth, int64_t columns);
 };
 
 // One column panel of a finished tile.
@@ -148,14 +149,17 @@ void run_tiles(
           runs.push_back({row * band_width, grid.w, grid.dst_pixel(image, i + row, 0), grid.dst_stride_w});
         }
         rows = count * grid.w;
-        // The columns between two image rows are computed and skipped.
-        const int64_t m = (count - 1) * band_width + grid.w, k = tiling.window_w * depth;
+        // In one call, the columns between two image rows are computed and skipped.
+        const int64_t calls = tiling.row_calls ? count : 1, k = tiling.window_w * depth;
+        const int64_t m = tiling.row_calls ? grid.w : (count - 1) * band_width + grid.w;
         for (int64_t panel = 0; panel < panels; panel++) {
           const int64_t width = weights.width(panel);
-          for (int64_t r = 0; r < tiling.window_h; r++) {
-            gemm(
-                m, width, k, left + r * band_width * depth, depth, weights.data(panel) + r * k * width, width,
-                acc, width, r > 0);
+          for (int64_t call = 0; call < calls; call++) {
+            for (int64_t r = 0; r < tiling.window_h; r++) {
+              gemm(
+                  m, width, k, left + (call + r) * band_width * depth, depth, weights.data(panel) + r * k * width,
+                  width, acc + call * band_width * width, width, r > 0);
+            }
           }
           finish(panel, acc);
         }
