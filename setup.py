@@ -68,7 +68,7 @@ def _extension():
     extension = CppExtension(
         "fused_preact.kernels._cpu",
         sorted(glob("kernels/cpu/*.cpp")),
-        depends=sorted(glob("kernels/cpu/*.h") + glob("kernels/cpu/*.inc")),
+        depends=sorted(glob("kernels/cpu/*.h")),
         # -fopenmp for the compiler alone: at::parallel_for runs on the OpenMP runtime that torch brings, and
         # linking another one would mean a second pool of threads.
         extra_compile_args=["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],

@@ -2,7 +2,7 @@
 #include "loops_table.h"
 
 #define ISA default_isa
-#include "loops.inc"
+#include "loops_body.h"
 
 namespace fused_preact {
 

@@ -5,7 +5,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define ISA avx2_isa
-#include "loops.inc"
+#include "loops_body.h"
 #pragma GCC pop_options
 
 namespace fused_preact {

@@ -24,7 +24,7 @@ struct Variant {
 Variant avx2_variant();
 Variant avx512_variant();
 
-// Out of line on purpose, see loops.inc.
+// Out of line on purpose, see loops_body.h.
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);
 
