@@ -50,8 +50,9 @@ def conv_config(
     # 128 bytes a row of A: one full cache line of channels a pixel.
     block_k = power_of_two(depth, 16, 128 // dtype.itemsize)
     block_m = 128
-    # 64 accumulators a thread at most, which leaves room for the activated A tile.
-    num_warps = 8 if block_n == 128 or wide else 4
+    # 64 accumulators a thread at most (32 for 64 columns), which leaves room for the activated A tile: with four
+    # warps the 3x3 sites of 64 channels spill on sm_80.
+    num_warps = 8 if block_n >= 64 else 4
     if cdiv(rows, block_m) * cdiv(columns, block_n) < device.multiprocessors:
         block_m, num_warps = 64, 4  # few tiles: smaller ones fill more of the chip
     # Three stages hide the latency of the loads on CUDA; on AMD a stage more than two costs occupancy.
