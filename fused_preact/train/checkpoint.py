@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,20 +72,14 @@ def load(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"checkpoint {str(path)!r}: no such file, nor a run's folder with last.pt in it"
         )
-    try:
-        payload = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        KeyError,
-        ValueError,
-    ) as error:
-        size = file.stat().st_size
-        raise ValueError(
-            f"checkpoint {str(file)!r}: {size} bytes that are truncated or no checkpoint"
-        ) from error
+    with open(file, "rb") as stream:
+        try:
+            payload = torch.load(stream, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+            size = file.stat().st_size
+            raise ValueError(
+                f"checkpoint {str(file)!r}: {size} bytes that are truncated or no checkpoint"
+            ) from error
     missing = sorted(KEYS - set(payload if isinstance(payload, dict) else ()))
     if missing:
         raise ValueError(f"checkpoint {str(file)!r}: not of fused_preact.train, lacks {', '.join(missing)}")

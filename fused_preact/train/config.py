@@ -87,19 +87,19 @@ def _cifar(mean: tuple[float, ...], std: tuple[float, ...]) -> Recipe:
 RECIPES: Mapping[str, Recipe] = {
     "digits": Recipe(
         model="cifar_preact_resnet20",
-        epochs=30,  # half a minute on 2 CPU cores
-        batch_size=64,  # 21 steps an epoch; larger batches leave too few steps in 30 epochs
-        lr=0.1,  # the paper's
+        epochs=30,  # under a minute on 2 CPU cores
+        batch_size=64,  # 21 steps an epoch
+        lr=0.1,  # paper
         schedule="cosine",  # ends at zero, so the last epoch is as good as the best and needs no picking
         milestones=(),
-        warmup_epochs=2.0,  # the first 42 steps at full rate cost more than they gain with so few steps
+        warmup_epochs=0.0,  # the paper finds none needed; two epochs of it changed nothing, the mean of 5 seeds
         momentum=0.9,
         nesterov=True,
-        weight_decay=5e-4,  # 5x the paper's: 1,297 images against 270,000 parameters
+        weight_decay=1e-4,  # paper; 5e-4 gave 0.1 % less, the mean of 5 seeds
         decay_norm=True,
         mean=(0.0,),  # so that blank paper is 0 and every zero padding, ours and the convs', continues it
         std=(8.0,),  # half the range of 0 to 16; their root mean square is 7.8
-        pad=1,  # shifts by at most one of 8 pixels; two would cut strokes off
+        pad=1,  # a shift by one pixel: the digits fill the 8 pixels' height
         flip=False,  # a mirrored digit is not a digit
         compare_accuracy=True,  # the plain model trains in seconds too
     ),
