@@ -114,26 +114,26 @@ def run(
     recalibrate: bool = False,
 ) -> list[Result]:
     """``fit``, and with ``compare`` the plain model too; draws the curves and prints the closing table."""
-    log = Log()
-    backend = serving_backend(config) if config.fused else "none, plain PyTorch"
-    log.line(
-        f"{config.recipe.model} on {data.name}: {len(data.train)} training and {len(data.test)} test images, "
-        f"{config.device}, {config.dtype}, backend {backend}, seed {config.seed}, into {out}"
+    log, recipe = Log(), config.recipe
+    kernels = f"fused kernels: {serving_backend(config)}" if config.fused else "plain PyTorch"
+    title = (
+        f"{recipe.model} on {data.name}, {recipe.epochs} epochs of {len(data.train)} images, batch "
+        f"{recipe.batch_size}, seed {config.seed}, {config.dtype} on {config.device}, {kernels}"
     )
+    log.line(f"{title}; {len(data.test)} test images, files in {out}")
     results = [fit(config, data, out, resume=resume, recalibrate=recalibrate)]
     steps = None
     if compare:
         plain, folder = replace(config, fused=False), out / "plain"
-        if config.recipe.compare_accuracy:
+        if recipe.compare_accuracy:
             last = folder / "last.pt"
             earlier = checkpoint.load(last) if resume is not None and last.exists() else None
             results.append(fit(plain, data, folder, resume=earlier, recalibrate=recalibrate))
         log.line("timing training steps of the fused and the plain model in turns")
         steps = compare_steps(config, data)
-    title = f"{config.recipe.model} on {data.name}, seed {config.seed}"
-    if not learning_curve(out / "learning_curve.png", results, title):
+    if not learning_curve(out / "learning_curve.png", results, f"{recipe.model} on {data.name}"):
         log.line("no learning_curve.png: matplotlib is not installed (pip install 'fused_preact[train]')")
-    log.line()
+    log.line(f"\n{title}\n")
     models = ("fused", "plain") if compare else (results[0].name,)
     saved = {name: saved_bytes(Trainer(config, data, fused=name == "fused")) for name in models}
     log.line(summary(results, saved, steps))
