@@ -279,7 +279,11 @@ def _autocast(
 ) -> tuple[Tensor, list[tuple[BatchNorm, Convolution]], Convolution | None, Tensor | None]:
     """Cast what a convolution would cast under autocast; BN parameters and statistics stay float32."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if (
+        x.dtype == torch.float64
+        or not torch.amp.is_autocast_available(device)
+        or not torch.is_autocast_enabled(device)
+    ):
         return x, sites, projection, residual
     dtype = torch.get_autocast_dtype(device)
 

@@ -129,6 +129,7 @@ def _triton_table() -> Any:
     return importlib.import_module("fused_preact.kernels.triton")
 
 
+@functools.cache
 def _triton_missing() -> str | None:
     """Why Triton cannot serve at all in this process, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -145,6 +146,17 @@ def _warn_without_triton() -> None:
     )
 
 
+# Position of ``groups`` among the arguments: grouped convolutions take the library's path.
+_GROUPS = {"conv_fprop": 9, "conv_dgrad": 10, "conv_wgrad": 8}
+
+
+def _beyond_triton(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the reference serves this call on every device: float64 (the oracle's dtype), groups, no elements."""
+    if name in _GROUPS and args[_GROUPS[name]] != 1:
+        return True
+    return any(isinstance(t, Tensor) and (t.dtype == torch.float64 or t.numel() == 0) for t in args)
+
+
 def _triton_op(name: str) -> Callable[..., Any]:
     """The kernel registered for GPUs: Triton's launcher, or the reference for what it does not serve."""
     fallback = getattr(reference, name)
@@ -153,16 +165,20 @@ def _triton_op(name: str) -> Callable[..., Any]:
         if _triton_missing() is not None:
             _warn_without_triton()
             return fallback(*args)
+        if _beyond_triton(name, args):
+            return fallback(*args)
         return getattr(_triton_table(), name)(*args)
 
     return serve
 
 
+_triton = SimpleNamespace(**{name: _triton_op(name) for name in _SCHEMAS})
+
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     for _key in ("CUDA", "XPU"):
-        _library.impl(_name, _triton_op(_name), _key)
+        _library.impl(_name, getattr(_triton, _name), _key)
     torch.library.register_fake(f"fused_preact::{_name}", globals()[f"_fake_{_name}"], lib=_library)
 
 _dispatched = SimpleNamespace(**{name: getattr(torch.ops.fused_preact, name).default for name in _SCHEMAS})
@@ -200,7 +216,8 @@ def _unavailable(name: str, device: torch.device | None) -> str | None:
         missing = _triton_missing()
         if missing is not None:
             return missing
-        if device is not None and device.type not in ("cuda", "xpu") and not _interpreting():
+        if device is not None and device.type not in ("cuda", "xpu", "meta") and not _interpreting():
+            # (Meta tensors run nothing: they serve to record launches, kernels.triton.common.recording.)
             return (
                 f"Triton needs a CUDA, ROCm or XPU device and the tensors are on {device}"
                 " (TRITON_INTERPRET=1, set before the process starts, runs the kernels slowly on the CPU)"
@@ -245,15 +262,15 @@ def serving_backend(x: Tensor) -> str:
             raise RuntimeError(f"backend {name!r} was asked for and is not available: {missing}")
         # float64 is the oracle's dtype: the reference serves it on every device.
         return "reference" if x.dtype == torch.float64 else name
-    if x.device.type in ("cuda", "xpu") and x.dtype != torch.float64:
+    if x.device.type in ("cuda", "xpu") and x.dtype != torch.float64 and _triton_missing() is None:
         return "triton"
     return "reference"
 
 
 def table(requested: str) -> Any:
-    """The ten operations of the requested backend, as an object with one function each."""
+    """The nine operations of the requested backend, as an object with one function each."""
     if requested == "reference":
         return reference
-    if requested == "triton" and _interpreting():
-        return _triton_table()
+    if requested == "triton" and not torch.compiler.is_compiling():
+        return _triton  # also for the interpreter's CPU tensors, which the dispatcher would send elsewhere
     return _dispatched

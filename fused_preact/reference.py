@@ -1,6 +1,6 @@
 """The operations in plain PyTorch: what every kernel is checked against, and what serves where none is.
 
-A *site* is BN -> ReLU -> convolution. Its forward and its closed-form backward are made of the ten
+A *site* is BN -> ReLU -> convolution. Its forward and its closed-form backward are made of the nine
 functions below, each with the signature of the op of the same name in :mod:`fused_preact.ops` and of the
 launcher of the same name in ``fused_preact.kernels.triton``. :mod:`fused_preact.schedule` chains them into
 a whole residual unit. All of them take any floating dtype; float64 makes them the oracle.

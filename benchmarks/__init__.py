@@ -1,0 +1,1 @@
+"""Measurements of fused_preact: ``python -m benchmarks``."""

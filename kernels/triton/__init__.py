@@ -1,0 +1,24 @@
+"""The Triton backend: the nine operations of ``fused_preact.reference`` for float32, bfloat16 and float16.
+
+One kernel a file with its launcher below it; launch configurations are in ``configs``. Importing this package
+imports Triton; ``TRITON_INTERPRET=1``, set before, runs the kernels on CPU tensors in Triton's interpreter.
+"""
+
+from .bn_backward_apply import bn_backward_apply
+from .bn_relu_avg_pool import bn_relu_avg_pool, bn_relu_avg_pool_apply, bn_relu_avg_pool_reduce
+from .bn_stats import bn_scale_shift, bn_stats
+from .conv_dgrad import conv_dgrad
+from .conv_fprop import conv_fprop
+from .conv_wgrad import conv_wgrad
+
+__all__ = [
+    "bn_backward_apply",
+    "bn_relu_avg_pool",
+    "bn_relu_avg_pool_apply",
+    "bn_relu_avg_pool_reduce",
+    "bn_scale_shift",
+    "bn_stats",
+    "conv_dgrad",
+    "conv_fprop",
+    "conv_wgrad",
+]

@@ -1,0 +1,136 @@
+"""Statistics of a tensor whose producer did not make them, and the per-channel vectors of the prologue."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cdiv, channels_last, device_of, launch, power_of_two, tile_statistics
+from .configs import tile_config
+from .finalize import merge_statistics
+
+
+@triton.jit
+def _bn_stats_kernel(
+    x_ptr,  # [rows, C]
+    partials_ptr,  # [tiles, 2, C]: mean, M2
+    rows,
+    C,
+    rows_per_tile,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = tile * rows_per_tile
+    end = tl.minimum(start + rows_per_tile, rows)
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    for m0 in range(start, end, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        valid = m < end
+        x = tl.load(
+            x_ptr + m.to(tl.int64)[:, None] * C + c[None, :],
+            mask=valid[:, None] & (c < C)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        seen = (m0 - start).to(tl.float32)
+        count = tl.minimum(end - m0, BLOCK_M).to(tl.float32)
+        block_mean, block_m2 = tile_statistics(x, valid, count)
+        delta = block_mean - mean
+        mean += delta * (count / (seen + count))
+        m2 += block_m2 + delta * delta * (seen * count / (seen + count))
+    out = partials_ptr + tile.to(tl.int64) * (2 * C) + c
+    tl.store(out, mean, mask=c < C)
+    tl.store(out + C, m2, mask=c < C)
+
+
+@triton.jit
+def _bn_scale_shift_kernel(
+    mean_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    rstd_ptr,
+    eps,
+    C,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c < C
+    mean = tl.load(mean_ptr + c, mask=mask, other=0.0)
+    var = tl.load(var_ptr + c, mask=mask, other=1.0)
+    # sqrt and a division, both correctly rounded: the approximate rsqrt would cost the oracle's tolerance.
+    rstd = tl.div_rn(tl.full((BLOCK_C,), 1.0, tl.float32), tl.sqrt_rn(var + eps))
+    scale = rstd
+    if HAS_WEIGHT:
+        scale = tl.load(weight_ptr + c, mask=mask, other=0.0).to(tl.float32) * rstd
+    shift = tl.zeros((BLOCK_C,), tl.float32)
+    if HAS_BIAS:
+        shift = tl.load(bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.fma(-mean, scale, shift)
+    tl.store(scale_ptr + c, scale, mask=mask)
+    tl.store(shift_ptr + c, shift, mask=mask)
+    tl.store(rstd_ptr + c, rstd, mask=mask)
+
+
+def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel: ``x`` [N,C,H,W] -> two float32 [C]."""
+    x = channels_last(x)
+    n, channels, height, width = x.shape
+    rows = n * height * width
+    config = tile_config(channels)
+    # Enough programs for four waves; each walks its rows block by block.
+    wanted = cdiv(4 * device_of(x).multiprocessors, cdiv(channels, config.block_c))
+    rows_per_tile = cdiv(cdiv(rows, wanted), config.block_m) * config.block_m
+    tiles = cdiv(rows, rows_per_tile)
+    partials = torch.empty((tiles, 2, channels), dtype=torch.float32, device=x.device)
+    launch(
+        _bn_stats_kernel,
+        (tiles, cdiv(channels, config.block_c)),
+        x.device,
+        num_warps=config.num_warps,
+        num_stages=2,
+        x_ptr=x,
+        partials_ptr=partials,
+        rows=rows,
+        C=channels,
+        rows_per_tile=rows_per_tile,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
+    )
+    return merge_statistics(partials, rows_per_tile, rows)
+
+
+def bn_scale_shift(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s = gamma r, t = beta - mu s and r = (v + eps)^-1/2, each float32 [C]."""
+    channels = mean.shape[0]
+    scale, shift, rstd = (torch.empty_like(var) for _ in range(3))
+    block_c = power_of_two(channels, 32, 256)
+    launch(
+        _bn_scale_shift_kernel,
+        (cdiv(channels, block_c),),
+        mean.device,
+        num_warps=1,
+        mean_ptr=mean,
+        var_ptr=var,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        rstd_ptr=rstd,
+        eps=eps,
+        C=channels,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        BLOCK_C=block_c,
+    )
+    return scale, shift, rstd

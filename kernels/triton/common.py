@@ -1,0 +1,179 @@
+"""What the kernels share: launching, the device at hand, the arithmetic of the BN-ReLU prologue."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# --- device functions ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def bn_relu(x, scale, shift):
+    """max(s x + t, 0) of a float32 tile [M, C] with [C] vectors; NaN stays NaN, as in PyTorch's ReLU."""
+    z = tl.fma(x, scale[None, :], shift[None, :])
+    # A comparison and not tl.maximum, which returns the other operand where one is NaN.
+    return tl.where(z <= 0, 0.0, z)
+
+
+@triton.jit
+def relu_mask(g, x, scale, shift):
+    """g where s x + t is positive (or NaN), else 0: the backward of :func:`bn_relu`."""
+    z = tl.fma(x, scale[None, :], shift[None, :])
+    return tl.where(z <= 0, 0.0, g)
+
+
+@triton.jit
+def tile_statistics(y, valid, count):
+    """Mean and sum of squared deviations per column of a float32 tile [M, C], over its ``count`` valid rows.
+
+    Two passes over registers, the second corrected for the rounding of the first mean: no E[x^2] - E[x]^2.
+    """
+    mean = tl.sum(tl.where(valid[:, None], y, 0.0), axis=0) / count
+    deviation = tl.where(valid[:, None], y - mean[None, :], 0.0)
+    error = tl.sum(deviation, axis=0)
+    m2 = tl.sum(deviation * deviation, axis=0) - error * error / count
+    return mean + error / count, m2
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b on the tensor cores, in the precision that :func:`dot_precision` chose."""
+    if PRECISION == "interpreter":
+        # Triton's interpreter keeps bf16 as integers and would multiply those.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+# --- host -----------------------------------------------------------------------------------------------------
+
+
+class Device(NamedTuple):
+    """What launch configurations depend on."""
+
+    backend: str
+    """"cuda", "hip" or "xpu"."""
+    arch: int | str
+    """Compute capability times ten on CUDA (90), the architecture's name on HIP ("gfx942")."""
+    multiprocessors: int
+
+
+class Launch(NamedTuple):
+    """One kernel launch as :func:`recording` sees it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[Launch] | None = None
+_recorded_device: Device | None = None
+
+
+@contextlib.contextmanager
+def recording(device: Device) -> Iterator[list[Launch]]:
+    """Collect the launches that the operations would make on ``device`` instead of making them.
+
+    For tensors on the meta device: this is how kernels are compiled for chips that are not there.
+    """
+    global _recorded, _recorded_device
+    _recorded, _recorded_device = [], device
+    try:
+        yield _recorded
+    finally:
+        _recorded, _recorded_device = None, None
+
+
+@functools.cache
+def _device_properties(device: torch.device) -> Device:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            return Device("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+        return Device("cuda", properties.major * 10 + properties.minor, properties.multi_processor_count)
+    if device.type == "xpu":
+        return Device("xpu", 0, torch.xpu.get_device_properties(device).max_compute_units)
+    # The interpreter on CPU tensors: any value serves, a small one keeps splits few.
+    return Device("cuda", 90, 4)
+
+
+def device_of(x: Tensor) -> Device:
+    """The device that ``x`` is on, or the one being recorded for."""
+    return _recorded_device or _device_properties(x.device)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    num_warps: int,
+    num_stages: int = 1,
+    **arguments: Any,
+) -> None:
+    """Launch ``kernel`` on ``device``, which need not be the current one."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        return
+    with _current(device):
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    module = torch.get_device_module(device)
+    if device.index is None or device.index == module.current_device():
+        return contextlib.nullcontext()
+    return module.device(device)
+
+
+def dot_precision(x: Tensor) -> str:
+    """How tl.dot multiplies: for float32 as PyTorch's switches say of convolutions."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return "interpreter"
+    if x.dtype != torch.float32:
+        return "tf32"  # has no effect on 16-bit operands
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if tf32 and device_of(x).backend == "cuda" else "ieee"
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` dense in N,H,W,C order: itself where it is, else a copy. Any strides may come, expanded ones too."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_image(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An empty channels_last image with the batch, dtype and device of ``x``."""
+    return torch.empty(
+        (x.shape[0], channels, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def as_format_of(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` in the memory format that ``x`` came in."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return y
+    return y.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int, least: int, most: int) -> int:
+    """The smallest power of two that is at least ``n``, kept between ``least`` and ``most``."""
+    return max(least, min(most, 1 << max(n - 1, 0).bit_length()))

@@ -1,0 +1,80 @@
+"""Launch configurations, as data outside the kernels.
+
+Chosen by heuristic from the shape, the dtype and the device. Nothing here times anything: the first step of a
+training run is as fast as the second once the kernels are compiled, and every rank chooses the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .common import Device, cdiv, power_of_two
+
+__all__ = ["ConvConfig", "TileConfig", "conv_config", "tile_config", "wgrad_config", "wgrad_splits"]
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Tile of an implicit GEMM: ``block_m`` x ``block_n`` of the output, ``block_k`` of the reduction at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of an elementwise or reduction kernel over [rows, channels]."""
+
+    block_m: int
+    block_c: int
+    num_warps: int
+
+
+def conv_config(
+    rows: int, columns: int, depth: int, dtype: torch.dtype, precision: str, device: Device
+) -> ConvConfig:
+    """fprop and dgrad: ``rows`` pixels x ``columns`` channels, reduced over ``depth`` channels (per tap)."""
+    if dtype == torch.float32 and precision == "ieee":
+        # No tensor cores: the operands of every FMA are registers, and a larger tile spills on sm_80.
+        return ConvConfig(64, power_of_two(columns, 16, 64), power_of_two(depth, 16, 32), 4, 2)
+    # The whole of C_out in one tile where it fits: each element is then activated once. 256 columns of
+    # float32 accumulators beside A in registers would pass 255 registers a thread, so 128 is the most.
+    block_n = power_of_two(columns, 16, 128)
+    # 128 bytes a row of A: one full cache line of channels a pixel.
+    block_k = power_of_two(depth, 16, 128 // dtype.itemsize)
+    block_m = 128
+    # 64 accumulators a thread at most, which leaves room for the activated A tile.
+    num_warps = 8 if block_n == 128 else 4
+    if cdiv(rows, block_m) * cdiv(columns, block_n) < device.multiprocessors:
+        block_m, num_warps = 64, 4  # few tiles: smaller ones fill more of the chip
+    # Three stages hide the latency of the loads on CUDA; on AMD a stage more than two costs occupancy.
+    num_stages = 3 if device.backend == "cuda" else 2
+    return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
+
+
+def wgrad_config(k: int, c: int, dtype: torch.dtype, precision: str, device: Device) -> ConvConfig:
+    """wgrad: ``k`` x ``c`` weights of one tap, reduced over the pixels."""
+    if dtype == torch.float32 and precision == "ieee":
+        return ConvConfig(power_of_two(k, 16, 64), power_of_two(c, 16, 64), 32, 4, 2)
+    block_m, block_n = power_of_two(k, 16, 128), power_of_two(c, 16, 128)
+    num_warps = 8 if block_m * block_n >= 128 * 128 else 4
+    num_stages = 3 if device.backend == "cuda" else 2
+    return ConvConfig(block_m, block_n, 128 // dtype.itemsize, num_warps, num_stages)
+
+
+def wgrad_splits(tiles: int, rows: int, block_k: int, device: Device) -> int:
+    """How many parts the pixels are cut into, so that the grid fills the chip about twice."""
+    wanted = cdiv(2 * device.multiprocessors, tiles)
+    # A part shorter than eight steps of the main loop is mostly prologue and epilogue.
+    return max(1, min(wanted, rows // (8 * block_k)))
+
+
+def tile_config(channels: int) -> TileConfig:
+    """Memory-bound kernels: rows of at most 64 channels (128 bytes of bf16), 4096 elements a program."""
+    block_c = power_of_two(channels, 8, 64)
+    return TileConfig(4096 // block_c, block_c, 4)

@@ -1,0 +1,238 @@
+"""dgrad: the gradient of the activated input, masked by the recomputed ReLU and reduced for BN in the epilogue.
+
+An implicit GEMM whose rows are input pixels and whose reduction runs over the taps and output channels. With a
+stride, pixels are taken by phase, (h mod stride_h, w mod stride_w): all pixels of a phase receive the same taps,
+so only those are multiplied and never the zeros of an upsampled gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    as_format_of,
+    cdiv,
+    channels_last,
+    device_of,
+    dot,
+    dot_precision,
+    empty_image,
+    launch,
+    relu_mask,
+)
+from .configs import conv_config
+from .finalize import sum_partials
+
+
+@triton.jit
+def _first_tap(
+    phase,
+    PAD: tl.constexpr,
+    DILATION: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STEP: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """The first tap r with (phase + pad - r dilation) divisible by the stride; TAPS where there is none."""
+    first = phase * 0 + TAPS
+    for r in tl.static_range(STEP):
+        if r < TAPS:
+            first = tl.where((phase + PAD - r * DILATION) % STRIDE == 0, r, first)
+    return first
+
+
+@triton.jit
+def _conv_dgrad_kernel(
+    dy_ptr,  # [N, OH, OW, K]
+    w_ptr,  # [K, R, S, C]
+    x_ptr,  # [N, H, W, C]
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    da_ptr,  # like x
+    g_ptr,  # like x
+    partials_ptr,  # [phases * tiles, 2, C]: sum g, sum g (x - mu)
+    rows,  # pixels of a phase, N * PH * PW
+    H,
+    W,
+    C,
+    OH,
+    OW,
+    K,
+    PH,
+    PW,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    STEP_R: tl.constexpr,
+    STEP_S: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_DA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_n = tl.cdiv(C, BLOCK_N)
+    tile = tl.program_id(0) // tiles_n
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_c = c < C
+    r0 = 0
+    s0 = 0
+    if POINTWISE:
+        valid = m < rows
+        pixel = m.to(tl.int64)
+    else:
+        n = m // (PH * PW)
+        h = (m // PW) % PH * STRIDE_H
+        w = m % PW * STRIDE_W
+        if STRIDE_H * STRIDE_W > 1:
+            phase = tl.program_id(1)
+            h += phase // STRIDE_W
+            w += phase % STRIDE_W
+            r0 = _first_tap(phase // STRIDE_W, PAD_H, DILATION_H, STRIDE_H, STEP_R, R)
+            s0 = _first_tap(phase % STRIDE_W, PAD_W, DILATION_W, STRIDE_W, STEP_S, S)
+        # The last row and column of phases may lie outside an image whose size the stride does not divide.
+        valid = (m < rows) & (h < H) & (w < W)
+        pixel = (n * H + h).to(tl.int64) * W + w
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for r in range(r0, R, STEP_R):
+        for s in range(s0, S, STEP_S):
+            if POINTWISE:
+                inside = valid
+                row = pixel * K
+            else:
+                # Exact divisions: the phase's taps are those that hit an output pixel.
+                oh = (h + PAD_H - r * DILATION_H) // STRIDE_H
+                ow = (w + PAD_W - s * DILATION_W) // STRIDE_W
+                inside = valid & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+                row = ((n * OH + oh).to(tl.int64) * OW + ow) * K
+            w_tap = w_ptr + (r * S + s) * C + c[None, :]
+            for k0 in range(0, K, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                in_k = (k < K) | EVEN_K
+                dy = tl.load(
+                    dy_ptr + row[:, None] + k[None, :], mask=inside[:, None] & in_k[None, :], other=0.0
+                )
+                weight = tl.load(
+                    w_tap + k[:, None] * (R * S * C), mask=in_k[:, None] & in_c[None, :], other=0.0
+                )
+                acc = dot(dy, weight, acc, PRECISION)
+
+    offset = pixel[:, None] * C + c[None, :]
+    mask = valid[:, None] & in_c[None, :]
+    if HAS_DA:
+        # A second user of the same activation: the two gradients meet before the mask.
+        acc += tl.load(da_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if MASKED:
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
+        shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
+        mean = tl.load(mean_ptr + c, mask=in_c, other=0.0)
+        g = relu_mask(acc, x, scale, shift).to(g_ptr.dtype.element_ty)
+        tl.store(g_ptr + offset, g, mask=mask)
+        stored = tl.where(mask, g.to(tl.float32), 0.0)
+        centred = tl.where(mask, x - mean[None, :], 0.0)
+        out = partials_ptr + (tl.program_id(1) * tl.cdiv(rows, BLOCK_M) + tile).to(tl.int64) * (2 * C) + c
+        tl.store(out, tl.sum(stored, axis=0), mask=in_c)
+        tl.store(out + C, tl.sum(stored * centred, axis=0), mask=in_c)
+    else:
+        tl.store(g_ptr + offset, acc.to(g_ptr.dtype.element_ty), mask=mask)
+
+
+def conv_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None,
+    da: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g = (dgrad(dy, W) + da) [z > 0], sum g and sum g (x - mu): like ``x``, float32 [C], [C].
+
+    ``dy`` [N,K,OH,OW] with any strides, ``weight`` [K,C,R,S], ``x`` and ``da`` [N,C,H,W]; ``groups`` is 1. With
+    ``scale=None`` nothing is masked or summed.
+    """
+    source = x
+    dy, weight, x = channels_last(dy), channels_last(weight), channels_last(x)
+    n, channels, height, width = x.shape
+    k, _, r, s = weight.shape
+    masked = scale is not None
+    phase_h, phase_w = cdiv(height, stride[0]), cdiv(width, stride[1])
+    rows = n * phase_h * phase_w
+    phases = stride[0] * stride[1]
+    g = empty_image(x, channels, height, width)
+    precision = dot_precision(x)
+    config = conv_config(rows * phases, channels, k, x.dtype, precision, device_of(x))
+    tiles = cdiv(rows, config.block_m)
+    partials = (
+        torch.empty((phases * tiles, 2 * channels), dtype=torch.float32, device=x.device) if masked else None
+    )
+    launch(
+        _conv_dgrad_kernel,
+        (tiles * cdiv(channels, config.block_n), phases),
+        x.device,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        dy_ptr=dy,
+        w_ptr=weight,
+        x_ptr=x,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        mean_ptr=mean,
+        da_ptr=None if da is None else channels_last(da),
+        g_ptr=g,
+        partials_ptr=partials,
+        rows=rows,
+        H=height,
+        W=width,
+        C=channels,
+        OH=dy.shape[2],
+        OW=dy.shape[3],
+        K=k,
+        PH=phase_h,
+        PW=phase_w,
+        R=r,
+        S=s,
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
+        PAD_H=padding[0],
+        PAD_W=padding[1],
+        DILATION_H=dilation[0],
+        DILATION_W=dilation[1],
+        # Taps of one phase are this far apart.
+        STEP_R=stride[0] // math.gcd(stride[0], dilation[0]),
+        STEP_S=stride[1] // math.gcd(stride[1], dilation[1]),
+        POINTWISE=r * s == 1 and phases == 1 and max(padding) == 0,
+        MASKED=masked,
+        HAS_DA=da is not None,
+        EVEN_K=k % config.block_k == 0,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+    sum_g, sum_gx = (torch.empty(channels * masked, dtype=torch.float32, device=x.device) for _ in range(2))
+    if partials is not None:
+        sum_partials(partials, sum_g, sum_gx)
+    return as_format_of(g, source), sum_g, sum_gx

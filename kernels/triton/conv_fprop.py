@@ -1,0 +1,194 @@
+"""fprop: the convolution of max(s x + t, 0), with the identity addition and statistics in the epilogue.
+
+An implicit GEMM on channels_last tensors: rows are output pixels, columns output channels, and the reduction
+runs over the taps (r, s) and, innermost, the input channels. A tile of raw ``x`` is loaded, activated in
+registers and fed to the tensor cores; the activated tensor never exists in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    as_format_of,
+    bn_relu,
+    cdiv,
+    channels_last,
+    device_of,
+    dot,
+    dot_precision,
+    empty_image,
+    launch,
+    tile_statistics,
+)
+from .configs import conv_config
+from .finalize import merge_statistics
+
+
+@triton.jit
+def _conv_fprop_kernel(
+    x_ptr,  # [N, H, W, C]
+    scale_ptr,
+    shift_ptr,
+    w_ptr,  # [K, R, S, C]
+    bias_ptr,
+    residual_ptr,
+    y_ptr,  # [N, OH, OW, K]
+    partials_ptr,  # [tiles, 2, K]: mean, M2 of the stored y
+    rows,  # N * OH * OW
+    H,
+    W,
+    C,
+    OH,
+    OW,
+    K,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    STATS: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Neighbouring programs share their rows of x: the second one finds them in L2.
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    tile = tl.program_id(0) // tiles_n
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = m < rows
+    if not POINTWISE:
+        n = m // (OH * OW)
+        ih0 = (m // OW) % OH * STRIDE_H - PAD_H
+        iw0 = m % OW * STRIDE_W - PAD_W
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Nested loops on purpose: one flattened loop over taps and channels has been miscompiled with 8 warps.
+    for r in range(R):
+        for s in range(S):
+            if POINTWISE:
+                inside = valid
+                row = m.to(tl.int64) * C
+            else:
+                ih, iw = ih0 + r * DILATION_H, iw0 + s * DILATION_W
+                inside = valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+                row = ((n * H + ih).to(tl.int64) * W + iw) * C
+            w_tap = w_ptr + k[None, :] * (R * S * C) + (r * S + s) * C
+            for c0 in range(0, C, BLOCK_K):
+                c = c0 + tl.arange(0, BLOCK_K)
+                in_c = (c < C) | EVEN_C
+                scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
+                shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
+                x = tl.load(
+                    x_ptr + row[:, None] + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0
+                )
+                w = tl.load(w_tap + c[:, None], mask=in_c[:, None] & (k < K)[None, :], other=0.0)
+                a = bn_relu(x.to(tl.float32), scale, shift)
+                # A padded tap is 0, not relu(shift): the mask comes after the activation.
+                a = tl.where(inside[:, None], a, 0.0).to(w.dtype)
+                acc = dot(a, w, acc, PRECISION)
+
+    in_k = k < K
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
+    offset = m.to(tl.int64)[:, None] * K + k[None, :]
+    mask = valid[:, None] & in_k[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offset, y, mask=mask)
+    if STATS:
+        # Of the stored, rounded value: that is what the next BN reads.
+        count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(tl.float32)
+        mean, m2 = tile_statistics(y.to(tl.float32), valid, count)
+        out = partials_ptr + tile.to(tl.int64) * (2 * K) + k
+        tl.store(out, mean, mask=in_k)
+        tl.store(out + K, m2, mask=in_k)
+
+
+def conv_fprop(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = conv(max(s x + t, 0), W) + bias + residual, and the mean and biased variance of the stored y.
+
+    ``x`` [N,C,H,W], ``weight`` [K,C,R,S], ``residual`` like y [N,K,OH,OW]; ``groups`` is 1. float32, bfloat16 or
+    float16. Without ``stats`` the two statistics are empty.
+    """
+    source, x, weight = x, channels_last(x), channels_last(weight)
+    n, channels, height, width = x.shape
+    k, _, r, s = weight.shape
+    oh = (height + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
+    ow = (width + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    rows = n * oh * ow
+    y = empty_image(x, k, oh, ow)
+    precision = dot_precision(x)
+    config = conv_config(rows, k, channels, x.dtype, precision, device_of(x))
+    tiles = cdiv(rows, config.block_m)
+    partials = torch.empty((tiles, 2, k), dtype=torch.float32, device=x.device) if stats else None
+    launch(
+        _conv_fprop_kernel,
+        (tiles * cdiv(k, config.block_n),),
+        x.device,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        x_ptr=x,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        w_ptr=weight,
+        bias_ptr=bias,
+        residual_ptr=None if residual is None else channels_last(residual),
+        y_ptr=y,
+        partials_ptr=partials,
+        rows=rows,
+        H=height,
+        W=width,
+        C=channels,
+        OH=oh,
+        OW=ow,
+        K=k,
+        R=r,
+        S=s,
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
+        PAD_H=padding[0],
+        PAD_W=padding[1],
+        DILATION_H=dilation[0],
+        DILATION_W=dilation[1],
+        POINTWISE=r * s == 1 and max(stride) == 1 and max(padding) == 0,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        STATS=stats,
+        EVEN_C=channels % config.block_k == 0,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+    y = as_format_of(y, source)
+    if partials is None:
+        return y, scale.new_empty(0), scale.new_empty(0)
+    return y, *merge_statistics(partials, config.block_m, rows)

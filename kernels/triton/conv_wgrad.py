@@ -1,0 +1,153 @@
+"""wgrad: the weight's gradient, with the activation recomputed from raw x in the prologue.
+
+A GEMM per tap, dW[k, r, s, c] = sum over pixels of dy[pixel, k] a[pixel + tap, c], whose long reduction is cut
+into parts (split over m) with float32 partials; :func:`finalize.sum_partials` adds them in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import bn_relu, cdiv, channels_last, device_of, dot, dot_precision, launch
+from .configs import wgrad_config, wgrad_splits
+from .finalize import sum_partials
+
+
+@triton.jit
+def _conv_wgrad_kernel(
+    dy_ptr,  # [N, OH, OW, K]
+    x_ptr,  # [N, H, W, C]
+    scale_ptr,
+    shift_ptr,
+    partials_ptr,  # [splits, K, R, S, C]
+    rows,  # N * OH * OW
+    rows_per_split,
+    H,
+    W,
+    C,
+    OH,
+    OW,
+    K,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # BLOCK_M output channels x BLOCK_N input channels, BLOCK_K pixels at a time.
+    tiles_n = tl.cdiv(C, BLOCK_N)
+    tap = tl.program_id(0) % (R * S)
+    tile = tl.program_id(0) // (R * S)
+    k = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_k, in_c = k < K, c < C
+    scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
+    shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
+    start = tl.program_id(1) * rows_per_split
+    end = tl.minimum(start + rows_per_split, rows)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for m0 in range(start, end, BLOCK_K):
+        m = m0 + tl.arange(0, BLOCK_K)
+        valid = m < end
+        if POINTWISE:
+            inside = valid
+            row = m.to(tl.int64) * C
+        else:
+            ih = (m // OW) % OH * STRIDE_H - PAD_H + tap // S * DILATION_H
+            iw = m % OW * STRIDE_W - PAD_W + tap % S * DILATION_W
+            inside = valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+            row = ((m // (OH * OW) * H + ih).to(tl.int64) * W + iw) * C
+        dy = tl.load(
+            dy_ptr + m.to(tl.int64)[:, None] * K + k[None, :], mask=valid[:, None] & in_k[None, :], other=0.0
+        )
+        x = tl.load(x_ptr + row[:, None] + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
+        a = bn_relu(x.to(tl.float32), scale, shift)
+        # Pixels of the padding and of the tail are 0, not relu(shift).
+        a = tl.where(inside[:, None], a, 0.0).to(dy.dtype)
+        acc = dot(tl.trans(dy), a, acc, PRECISION)
+
+    split = tl.program_id(1).to(tl.int64) * K
+    offset = ((split + k)[:, None] * (R * S) + tap) * C + c[None, :]
+    tl.store(partials_ptr + offset, acc, mask=in_k[:, None] & in_c[None, :])
+
+
+def conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """dW [K,C,R,S] with the dtype and strides of ``weight``; ``dy`` [N,K,OH,OW], ``x`` [N,C,H,W], ``groups`` 1."""
+    dy, x = channels_last(dy), channels_last(x)
+    n, channels, height, width = x.shape
+    k, _, r, s = weight.shape
+    rows = n * dy.shape[2] * dy.shape[3]
+    precision = dot_precision(x)
+    config = wgrad_config(k, channels, x.dtype, precision, device_of(x))
+    tiles = cdiv(k, config.block_m) * cdiv(channels, config.block_n) * r * s
+    splits = wgrad_splits(tiles, rows, config.block_k, device_of(x))
+    rows_per_split = cdiv(cdiv(rows, splits), config.block_k) * config.block_k
+    splits = cdiv(rows, rows_per_split)
+    partials = torch.empty((splits, k * r * s * channels), dtype=torch.float32, device=x.device)
+    launch(
+        _conv_wgrad_kernel,
+        (tiles, splits),
+        x.device,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        dy_ptr=dy,
+        x_ptr=x,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        partials_ptr=partials,
+        rows=rows,
+        rows_per_split=rows_per_split,
+        H=height,
+        W=width,
+        C=channels,
+        OH=dy.shape[2],
+        OW=dy.shape[3],
+        K=k,
+        R=r,
+        S=s,
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
+        PAD_H=padding[0],
+        PAD_W=padding[1],
+        DILATION_H=dilation[0],
+        DILATION_W=dilation[1],
+        POINTWISE=r * s == 1 and max(stride) == 1 and max(padding) == 0,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        # With the strides too: those of a 1x1 are ambiguous, and DDP's buckets compare them.
+        dweight = torch.empty_like(weight)
+        sum_partials(partials, dweight)
+        return dweight
+    ordered = torch.empty(
+        weight.shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    sum_partials(partials, ordered)
+    return torch.empty_like(weight).copy_(ordered)

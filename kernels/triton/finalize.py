@@ -1,0 +1,142 @@
+"""Finalising: partial results of the tiles -> per-channel vectors, as a tree of fixed shape.
+
+No atomics anywhere: the order of every sum is that of the tiles, so two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cdiv, launch, power_of_two
+
+# Partials merged by one program; the tree has one level up to 256 tiles and two up to 65,536.
+_FAN_IN = 256
+
+
+@triton.jit
+def _merge_statistics_kernel(
+    partials_ptr,  # [tiles, 2, C]: mean, M2
+    mean_ptr,  # [groups, C], rows ``stride_out`` apart
+    m2_ptr,  # likewise
+    stride_out,
+    tiles,
+    rows_per_tile,
+    rows,
+    C,
+    FAN_IN: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Chan's formula over up to FAN_IN tiles; the last level turns M2 into the biased variance."""
+    group = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = group * FAN_IN + tl.arange(0, FAN_IN)
+    mask = (tile < tiles)[:, None] & (c < C)[None, :]
+    count = tl.minimum(rows_per_tile, tl.maximum(rows - tile.to(tl.int64) * rows_per_tile, 0)).to(tl.float32)
+    total = tl.sum(count, axis=0)
+
+    base = partials_ptr + tile.to(tl.int64)[:, None] * (2 * C) + c[None, :]
+    mean_i = tl.load(base, mask=mask, other=0.0)
+    m2_i = tl.load(base + C, mask=mask, other=0.0)
+    # Deviations from the first tile's mean are of the size of the data's spread, whatever its mean.
+    pivot = tl.load(partials_ptr + group.to(tl.int64) * FAN_IN * (2 * C) + c, mask=c < C, other=0.0)
+    mean = pivot + tl.sum(tl.where(mask, (mean_i - pivot[None, :]) * count[:, None], 0.0), axis=0) / total
+    between = tl.where(mask, mean_i - mean[None, :], 0.0)
+    m2 = tl.sum(m2_i + between * between * count[:, None], axis=0)
+
+    if LAST:
+        m2 = m2 / total
+    out = group.to(tl.int64) * stride_out + c
+    tl.store(mean_ptr + out, mean, mask=c < C)
+    tl.store(m2_ptr + out, m2, mask=c < C)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partials_ptr,  # [tiles, L]
+    out_ptr,  # [groups, L]; in the last level the first HALF of one row,
+    tail_ptr,  # and the rest of it
+    tiles,
+    L,
+    HALF,
+    FAN_IN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    group = tl.program_id(1)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    first = group * FAN_IN
+    last = tl.minimum(first + FAN_IN, tiles)
+    total = tl.zeros((BLOCK_L,), tl.float32)
+    for start in range(first, last, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        mask = (tile < last)[:, None] & (i < L)[None, :]
+        part = tl.load(partials_ptr + tile.to(tl.int64)[:, None] * L + i[None, :], mask=mask, other=0.0)
+        total += tl.sum(part, axis=0)
+    total = total.to(out_ptr.dtype.element_ty)
+    flat = group.to(tl.int64) * L + i
+    tl.store(out_ptr + flat, total, mask=flat < HALF)
+    tl.store(tail_ptr + (flat - HALF), total, mask=(flat >= HALF) & (i < L))
+
+
+def merge_statistics(partials: Tensor, rows_per_tile: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Per-tile (mean, M2) [tiles, 2, C] over ``rows_per_tile`` rows each -> mean and biased variance, each [C]."""
+    tiles, _, channels = partials.shape
+    block_c = power_of_two(channels, 1, 16)
+    while True:
+        groups = cdiv(tiles, _FAN_IN)
+        # The two results are tensors of their own: an op's outputs may not share storage.
+        shape = (channels,) if groups == 1 else (groups, 2, channels)
+        out = torch.empty(shape, dtype=torch.float32, device=partials.device)
+        second = torch.empty_like(out) if groups == 1 else out[:, 1]
+        launch(
+            _merge_statistics_kernel,
+            (groups, cdiv(channels, block_c)),
+            partials.device,
+            num_warps=8,
+            partials_ptr=partials,
+            mean_ptr=out,
+            m2_ptr=second,
+            stride_out=2 * channels,
+            tiles=tiles,
+            rows_per_tile=rows_per_tile,
+            rows=rows,
+            C=channels,
+            FAN_IN=_FAN_IN,
+            LAST=groups == 1,
+            BLOCK_C=block_c,
+        )
+        if groups == 1:
+            return out, second
+        partials, tiles, rows_per_tile = out, groups, rows_per_tile * _FAN_IN
+
+
+def sum_partials(partials: Tensor, out: Tensor, tail: Tensor | None = None) -> None:
+    """Sum float32 partials [tiles, L] over the tiles into ``out`` (and ``tail``, where the L are two vectors)."""
+    tiles, length = partials.shape
+    block_l = power_of_two(length, 16, 128)
+    while True:
+        groups = cdiv(tiles, _FAN_IN)
+        last = groups == 1
+        level = out if last else torch.empty((groups, length), dtype=torch.float32, device=partials.device)
+        launch(
+            _sum_partials_kernel,
+            (cdiv(length, block_l), groups),
+            partials.device,
+            num_warps=4,
+            partials_ptr=partials,
+            out_ptr=level,
+            tail_ptr=tail if last and tail is not None else level,
+            tiles=tiles,
+            L=length,
+            HALF=level.numel(),
+            FAN_IN=_FAN_IN,
+            BLOCK_T=32,
+            BLOCK_L=block_l,
+        )
+        if last:
+            return
+        partials, tiles = level, groups
