@@ -338,12 +338,15 @@ def test_summary_without_the_plain_accuracy_shows_a_dash(
 ) -> None:
     result = run.fit(CONFIG, data, tmp_path)
     steps = replace(
-        compare_steps(CONFIG, data, budget_s=0.0), fused_images_per_s=300.0, plain_images_per_s=200.0
+        compare_steps(CONFIG, data, budget_s=0.0),
+        fused_images_per_s=300.0,
+        plain_images_per_s=200.0,
+        speedup=1.25,
     )
     text = summary([result], {"fused": 2**20, "plain": 2**21}, steps)
     accuracy = next(line for line in text.splitlines() if line.startswith("test accuracy %, last"))
     assert accuracy.split()[-1] == "-"
-    assert "300    200        1.50x" in text
+    assert "300    200        1.25x" in text
     assert "1.00   2.00        0.50x" in text
 
 

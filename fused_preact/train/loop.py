@@ -112,7 +112,8 @@ class Trainer:
             seen += len(labels)
             timed += len(labels) if i >= skip else 0
             if log.due():  # reading the sums waits for the device, so only as often as a bar is redrawn
-                rate = timed / (time.perf_counter() - start) if timed else 0.0
+                now = time.perf_counter()
+                rate = timed / (now - start) if timed else seen / (now - begin)
                 log.bar(epoch, i + 1, steps, loss_sum.item() / seen, 100 * right.item() / seen, rate)
         self._synchronise()
         end = time.perf_counter()
