@@ -244,6 +244,12 @@ def _first_statistics(
         wide = statistics_dtype(x.dtype)
         return bn.running_mean.to(wide), bn.running_var.to(wide)
     if statistics is not None:
+        for field, tensor in zip(Statistics._fields, statistics, strict=True):
+            if tensor.shape != (x.shape[1],) or tensor.dtype != statistics_dtype(x.dtype):
+                raise ValueError(
+                    f"statistics.{field}: got shape {tuple(tensor.shape)} and dtype {tensor.dtype}, allowed are "
+                    f"({x.shape[1]},) and {statistics_dtype(x.dtype)}"
+                )
         return statistics
     with torch.no_grad():
         return ops.table(backend).bn_stats(x.detach())
@@ -353,6 +359,11 @@ def _check_batch_norm(x: Tensor, bn: BatchNorm, prefix: str, shape: tuple[int, .
     if (bn.running_mean is None) != (bn.running_var is None):
         raise ValueError(
             f"{prefix}running_mean, {prefix}running_var: got one of them, allowed are both or neither"
+        )
+    if bn.training and bn.momentum is None and bn.running_mean is not None and bn.num_batches_tracked is None:
+        raise ValueError(
+            f"{prefix}num_batches_tracked: got None with momentum=None, allowed there is the counter tensor "
+            "that the cumulative average divides by"
         )
     if bn.training and shape[0] * shape[2] * shape[3] == 1:
         # PyTorch's own words, so that code which catches them goes on working.
