@@ -35,10 +35,11 @@ train: $(STAMP) ## train ResNet-20-v2 on the handwritten digits, fused beside pl
 	$(BIN)/python -m fused_preact.train --compare $(ARGS)
 
 # Two processes of pytest: Triton's interpreter has to be on before the kernels are imported and off on a GPU.
-# One thread for each worker. Exit status 5 is "no test has the marker".
+# One thread for each worker; loadgroup keeps tests that share a costly fixture in one. Exit status 5 is "no test
+# has the marker".
 test: lint types ## lint, types, then all tests; those that need a GPU are skipped without one
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS) --benchmark-disable --durations=10 $(ARGS)
+		$(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS) --dist loadgroup --benchmark-disable --durations=10 $(ARGS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" \
 		$(BIN)/python -m pytest -m gpu --benchmark-disable $(ARGS) || [ $$? -eq 5 ]
 
@@ -60,5 +61,5 @@ bench: $(STAMP) ## python -m benchmarks, for example: make bench ARGS=compile
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv, builds and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info .ninja_deps .ninja_log kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find fused_preact kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -29,6 +29,7 @@ LAW: dict[str, set[str]] = {
     "convert": {"modules"},
     "propagation": {"models"},
     "fused_preact": {"functional", "modules", "models", "ops", "convert", "propagation"},
+    "env": {"ops", "fused_preact"},
     "train": {"models", "fused_preact"},
 }
 LAZY = {"kernels"}
