@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -177,7 +179,7 @@ def bn_relu_avg_pool_apply(
     return as_format_of(dx, source)
 
 
-def _launch_head(kernel: triton.JITFunction, x: Tensor, **arguments: object) -> None:
+def _launch_head(kernel: triton.JITFunction, x: Tensor, **arguments: Any) -> None:
     """One program per image and block of channels: a head's maps are small (7x7, 8x8)."""
     n, channels, height, width = x.shape
     config = tile_config(channels)

@@ -153,7 +153,7 @@ def dot_precision(x: Tensor) -> str:
         return "interpreter"
     if x.dtype != torch.float32:
         return "tf32"  # has no effect on 16-bit operands
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 and device_of(x).backend == "cuda" else "ieee"
 
 
