@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fused_preact
 from fused_preact import models
 
 # Exact counts of the paper's networks for (model, classes), shortcut option where there is a choice.
@@ -209,6 +208,21 @@ def test_same_learning_curve() -> None:
     assert fused[-1] < 0.5 * fused[0]
 
 
-def test_backend_named_by_the_model() -> None:
-    """On a CPU without compiled kernels the reference serves."""
-    assert fused_preact.serving_backend(torch.zeros(1, dtype=torch.float64)) == "reference"
+def test_torch_compile_fullgraph() -> None:
+    """No graph break; a second batch size recompiles once, for dynamic shapes, and a third one not at all."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    fused, plain = pair("cifar_preact_resnet20", "cpu", torch.float64)
+    compiled = torch.compile(fused, fullgraph=True, backend=counter)
+    for batch in (4, 4, 6, 5):
+        x = torch.randn(batch, 3, 8, 8, dtype=torch.float64)
+        for model in (compiled, plain):
+            model.zero_grad()
+            model(x).square().sum().backward()
+    assert counter.frame_count <= 2
+    for (name, a), b in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b[1].grad, rtol=1e-9, atol=1e-9, msg=name)
+    for (name, a), b in zip(fused.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
