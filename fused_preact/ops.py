@@ -129,12 +129,16 @@ def _triton_table() -> Any:
     return importlib.import_module("fused_preact.kernels.triton")
 
 
-@functools.cache
+_TRITON_MISSING = (
+    None
+    if importlib.util.find_spec("triton")
+    else "the package triton is not installed (CUDA builds of torch bring it; else pip install triton)"
+)
+
+
 def _triton_missing() -> str | None:
-    """Why Triton cannot serve at all in this process, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (CUDA builds of torch bring it; else pip install triton)"
-    return None
+    """Why Triton cannot serve at all in this process, or None. Found out at import: Dynamo traces this."""
+    return _TRITON_MISSING
 
 
 @functools.cache

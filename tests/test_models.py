@@ -226,3 +226,19 @@ def test_torch_compile_fullgraph() -> None:
         torch.testing.assert_close(a.grad, b[1].grad, rtol=1e-9, atol=1e-9, msg=name)
     for (name, a), b in zip(fused.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_dynamo_traces_the_choice_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA tensor takes through the Python above the ops, without one: no graph break there either."""
+    from fused_preact import functional, ops
+
+    def choose(x: Tensor) -> str:
+        return "triton" if x.dtype != torch.float64 and ops._triton_missing() is None else "reference"
+
+    monkeypatch.setattr(functional.ops, "serving_backend", choose)
+    torch._dynamo.reset()
+    model = models.cifar_preact_resnet20()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 8, 8)
+    compiled(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
