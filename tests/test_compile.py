@@ -40,7 +40,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 def test_slice_is_wide(compiled: list[dict[str, str]]) -> None:
     assert len(compiled) >= 55
     assert {row["target"] for row in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {row["dtype"] for row in compiled} == {"bf16", "fp32"}
+    assert {row["dtype"] for row in compiled} == {"bf16", "fp32", "fp32-ieee"}
     assert {"conv_fprop", "conv_dgrad", "conv_wgrad"} <= {row["kernel"] for row in compiled}
 
 

@@ -54,7 +54,7 @@ def conv_config(
     # warps the 3x3 sites of 64 channels spill on sm_80.
     num_warps = 8 if block_n >= 64 else 4
     if cdiv(rows, block_m) * cdiv(columns, block_n) < device.multiprocessors:
-        block_m, num_warps = 64, 4  # few tiles: smaller ones fill more of the chip
+        block_m = 64  # few tiles: smaller ones fill more of the chip
     # Three stages hide the latency of the loads on CUDA; on AMD a stage more than two costs occupancy.
     num_stages = 3 if device.backend == "cuda" else 2
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
