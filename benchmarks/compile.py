@@ -37,7 +37,8 @@ NETWORKS = {
     "preact_resnet50": (256, 3, 224, 224),
     "cifar_preact_resnet164": (128, 3, 32, 32),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# float32 twice: with TF32, PyTorch's default for convolutions, and without.
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp32-ieee": torch.float32}
 TENSOR_CORE = {
     "cuda": r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?((?:HGMMA|HMMA|UTCHMMA|UTCQMMA)\S*)",
     "hip": r"^\s+(v_mfma\S*)",
@@ -85,8 +86,13 @@ def record(network: str, dtype: str, target: str) -> list[Job]:
         model = fused_preact.models.create(network, num_classes=1000)
         x = torch.empty(NETWORKS[network], dtype=DTYPES[dtype])
     model = model.to(DTYPES[dtype], memory_format=torch.channels_last)
-    with fused_preact.backend("triton"), recording(Device(*device)) as launches:
-        model(x.contiguous(memory_format=torch.channels_last)).sum().backward()
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = dtype == "fp32"
+    try:
+        with fused_preact.backend("triton"), recording(Device(*device)) as launches:
+            model(x.contiguous(memory_format=torch.channels_last)).sum().backward()
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
     jobs = (_job(network, dtype, target, launch) for launch in launches)
     return list(dict.fromkeys(jobs))
 
@@ -271,7 +277,7 @@ Row = tuple[Job, "Resources | str", list[str]]
 
 def _line(job: Job, resources: Resources | str, wrong: list[str]) -> str:
     name = job.kernel.split(":_")[1].removesuffix("_kernel")
-    head = f"{job.target:7} {job.dtype} {name:22} {job.tile:12} w{job.num_warps} s{job.num_stages}"
+    head = f"{job.target:7} {job.dtype:9} {name:22} {job.tile:12} w{job.num_warps} s{job.num_stages}"
     if isinstance(resources, str):
         return f"{head}  FAILED {resources.splitlines()[0]}"
     tail = f"  {resources.registers:3} regs {resources.spills:4} spills {resources.shared:6} shared"

@@ -17,7 +17,15 @@ from .autograd import HeadFunction, UnitFunction
 from .reference import conv_output_size, memory_format_of, statistics_dtype
 from .schedule import Conv, Site, Unit
 
-__all__ = ["BatchNorm", "Convolution", "Statistics", "bn_relu_avg_pool2d", "preact_conv2d", "residual_unit"]
+__all__ = [
+    "BatchNorm",
+    "Convolution",
+    "Statistics",
+    "bn_relu_avg_pool2d",
+    "preact_conv2d",
+    "residual_unit",
+    "to_native_format",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -171,7 +179,7 @@ def bn_relu_avg_pool2d(input: Tensor, bn: BatchNorm, statistics: Statistics | No
     _check_input(input)
     _check_batch_norm(input, bn, "bn.", tuple(input.shape))
     backend = ops.requested_backend()
-    input = _to_native_format(input)
+    input = to_native_format(input)
     mean, var = _first_statistics(input, bn, statistics, backend)
     out = HeadFunction.apply(bn.eps, bn.batch_stats, backend, input, bn.weight, bn.bias, mean, var)
     _update_running_statistics(bn, mean, var, _values_per_channel(input))
@@ -203,7 +211,7 @@ def _unit(
 
     backend = ops.requested_backend()
     outer_format = memory_format_of(x)
-    x = _to_native_format(x)
+    x = to_native_format(x)
     first = _first_statistics(x, sites[0][0], statistics, backend)
     given: list[Tensor | None] = [*first]
     for bn, _ in sites[1:]:
@@ -244,6 +252,12 @@ def _first_statistics(
         wide = statistics_dtype(x.dtype)
         return bn.running_mean.to(wide), bn.running_var.to(wide)
     if statistics is not None:
+        for field, tensor in zip(Statistics._fields, statistics, strict=True):
+            if tensor.shape != (x.shape[1],) or tensor.dtype != statistics_dtype(x.dtype):
+                raise ValueError(
+                    f"statistics.{field}: got shape {tuple(tensor.shape)} and dtype {tensor.dtype}, allowed are "
+                    f"({x.shape[1]},) and {statistics_dtype(x.dtype)}"
+                )
         return statistics
     with torch.no_grad():
         return ops.table(backend).bn_stats(x.detach())
@@ -299,8 +313,12 @@ def _autocast(
     )
 
 
-def _to_native_format(x: Tensor) -> Tensor:
-    """The kernels work on channels_last; the reference on whatever comes."""
+def to_native_format(x: Tensor) -> Tensor:
+    """``x`` in the memory format that its backend works in: channels_last for kernels, as it is for the reference.
+
+    Every function here converts at its own boundary and back; a network that calls this once at its start
+    spares its units that.
+    """
     if ops.serving_backend(x) == "reference":
         return x
     return x.contiguous(memory_format=torch.channels_last)
@@ -353,6 +371,11 @@ def _check_batch_norm(x: Tensor, bn: BatchNorm, prefix: str, shape: tuple[int, .
     if (bn.running_mean is None) != (bn.running_var is None):
         raise ValueError(
             f"{prefix}running_mean, {prefix}running_var: got one of them, allowed are both or neither"
+        )
+    if bn.training and bn.momentum is None and bn.running_mean is not None and bn.num_batches_tracked is None:
+        raise ValueError(
+            f"{prefix}num_batches_tracked: got None with momentum=None, allowed there is the counter tensor "
+            "that the cumulative average divides by"
         )
     if bn.training and shape[0] * shape[2] * shape[3] == 1:
         # PyTorch's own words, so that code which catches them goes on working.

@@ -129,12 +129,16 @@ def _triton_table() -> Any:
     return importlib.import_module("fused_preact.kernels.triton")
 
 
-@functools.cache
+_TRITON_MISSING = (
+    None
+    if importlib.util.find_spec("triton")
+    else "the package triton is not installed (CUDA builds of torch bring it; else pip install triton)"
+)
+
+
 def _triton_missing() -> str | None:
-    """Why Triton cannot serve at all in this process, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (CUDA builds of torch bring it; else pip install triton)"
-    return None
+    """Why Triton cannot serve at all in this process, or None. Found out at import: Dynamo traces this."""
+    return _TRITON_MISSING
 
 
 @functools.cache
@@ -151,10 +155,23 @@ _GROUPS = {"conv_fprop": 9, "conv_dgrad": 10, "conv_wgrad": 8}
 
 
 def _beyond_triton(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether the reference serves this call on every device: float64 (the oracle's dtype), groups, no elements."""
+    """Whether the reference serves this call on every device.
+
+    float64 (the oracle's dtype), groups, no elements, and more than 2^31 pixels: the kernels count elements in 64
+    bits but pixels in 32.
+    """
     if name in _GROUPS and args[_GROUPS[name]] != 1:
         return True
-    return any(isinstance(t, Tensor) and (t.dtype == torch.float64 or t.numel() == 0) for t in args)
+    for t in args:
+        if isinstance(t, Tensor):
+            elements = t.numel()
+            if (
+                t.dtype == torch.float64
+                or elements == 0
+                or elements // t.shape[1 if t.dim() > 1 else 0] >= 2**31
+            ):
+                return True
+    return False
 
 
 def _triton_op(name: str) -> Callable[..., Any]:

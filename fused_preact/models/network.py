@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import BatchNorm, bn_relu_avg_pool2d
+from ..functional import BatchNorm, bn_relu_avg_pool2d, to_native_format
 from ..modules import PreActBasicBlock, PreActBottleneck, PreActSequential, has_hooks, may_skip_calls
 
 __all__ = ["PreActResNet"]
@@ -47,9 +46,8 @@ class PreActResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and self.fused:
-            # Once here instead of once per unit: the kernels work on channels_last.
-            x = x.contiguous(memory_format=torch.channels_last)
+        if self.fused:
+            x = to_native_format(x)
         x, statistics = self.stem(x), None
         if has_hooks(self.stages):
             x = self.stages(x)

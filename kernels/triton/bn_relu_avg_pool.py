@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -64,12 +66,13 @@ def _bn_relu_avg_pool_reduce_kernel(
         m = m0 + tl.arange(0, BLOCK_M)
         mask = (m < HW)[:, None] & in_c[None, :]
         x = tl.load(x_ptr + (n * HW + m)[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        g = tl.where(mask, relu_mask(dy[None, :], x, scale, shift), 0.0)
-        sum_g += tl.sum(g, axis=0)
-        sum_gx += tl.sum(g * (x - mean[None, :]), axis=0)
+        passes = tl.where(mask, relu_mask(1.0, x, scale, shift), 0.0)
+        sum_g += tl.sum(passes, axis=0)
+        sum_gx += tl.sum(passes * (x - mean[None, :]), axis=0)
+    # dy is the same for every pixel: a count of those that pass is exact, a sum of equal gradients is not.
     out = partials_ptr + n * (2 * C) + c
-    tl.store(out, sum_g, mask=in_c)
-    tl.store(out + C, sum_gx, mask=in_c)
+    tl.store(out, dy * sum_g, mask=in_c)
+    tl.store(out + C, dy * sum_gx, mask=in_c)
 
 
 @triton.jit
@@ -176,7 +179,7 @@ def bn_relu_avg_pool_apply(
     return as_format_of(dx, source)
 
 
-def _launch_head(kernel: triton.JITFunction, x: Tensor, **arguments: object) -> None:
+def _launch_head(kernel: triton.JITFunction, x: Tensor, **arguments: Any) -> None:
     """One program per image and block of channels: a head's maps are small (7x7, 8x8)."""
     n, channels, height, width = x.shape
     config = tile_config(channels)

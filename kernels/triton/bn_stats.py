@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, channels_last, device_of, launch, power_of_two, tile_statistics
+from .common import cdiv, channels_last, device_of, launch, power_of_two, store_statistics, tile_statistics
 from .configs import tile_config
 from .finalize import merge_statistics
 
@@ -15,7 +15,7 @@ from .finalize import merge_statistics
 @triton.jit
 def _bn_stats_kernel(
     x_ptr,  # [rows, C]
-    partials_ptr,  # [tiles, 2, C]: mean, M2
+    partials_ptr,  # [tiles, 3, C]: mean (high, low) and M2
     rows,
     C,
     rows_per_tile,
@@ -26,6 +26,8 @@ def _bn_stats_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = tile * rows_per_tile
     end = tl.minimum(start + rows_per_tile, rows)
+    # Shifted by the tile's first row: exact, and the running mean is then as small as the spread.
+    pivot = tl.load(x_ptr + start.to(tl.int64) * C + c, mask=c < C, other=0.0).to(tl.float32)
     mean = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     for m0 in range(start, end, BLOCK_M):
@@ -38,13 +40,13 @@ def _bn_stats_kernel(
         ).to(tl.float32)
         seen = (m0 - start).to(tl.float32)
         count = tl.minimum(end - m0, BLOCK_M).to(tl.float32)
-        block_mean, block_m2 = tile_statistics(x, valid, count)
-        delta = block_mean - mean
+        high, low, block_m2 = tile_statistics(x - pivot[None, :], valid, count)
+        # Chan's formula for two parts.
+        delta = high + low - mean
         mean += delta * (count / (seen + count))
         m2 += block_m2 + delta * delta * (seen * count / (seen + count))
-    out = partials_ptr + tile.to(tl.int64) * (2 * C) + c
-    tl.store(out, mean, mask=c < C)
-    tl.store(out + C, m2, mask=c < C)
+    high = pivot + mean
+    store_statistics(partials_ptr, tile, C, c, high, mean - (high - pivot), m2)
 
 
 @triton.jit
@@ -90,7 +92,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     wanted = cdiv(4 * device_of(x).multiprocessors, cdiv(channels, config.block_c))
     rows_per_tile = cdiv(cdiv(rows, wanted), config.block_m) * config.block_m
     tiles = cdiv(rows, rows_per_tile)
-    partials = torch.empty((tiles, 2, channels), dtype=torch.float32, device=x.device)
+    partials = torch.empty((tiles, 3, channels), dtype=torch.float32, device=x.device)
     launch(
         _bn_stats_kernel,
         (tiles, cdiv(channels, config.block_c)),

@@ -32,15 +32,25 @@ def relu_mask(g, x, scale, shift):
 
 @triton.jit
 def tile_statistics(y, valid, count):
-    """Mean and sum of squared deviations per column of a float32 tile [M, C], over its ``count`` valid rows.
+    """Mean (as two floats, high + low) and M2 per column of a float32 tile [M, C], over its ``count`` valid rows.
 
-    Two passes over registers, the second corrected for the rounding of the first mean: no E[x^2] - E[x]^2.
+    Two passes over registers: no E[x^2] - E[x]^2. The low part is what the rounding of the mean lost: far from zero
+    the differences between the tiles' means would otherwise drown in it.
     """
-    mean = tl.sum(tl.where(valid[:, None], y, 0.0), axis=0) / count
-    deviation = tl.where(valid[:, None], y - mean[None, :], 0.0)
+    high = tl.sum(tl.where(valid[:, None], y, 0.0), axis=0) / count
+    deviation = tl.where(valid[:, None], y - high[None, :], 0.0)
     error = tl.sum(deviation, axis=0)
     m2 = tl.sum(deviation * deviation, axis=0) - error * error / count
-    return mean + error / count, m2
+    return high, error / count, m2
+
+
+@triton.jit
+def store_statistics(partials_ptr, tile, C, c, high, low, m2):
+    """A tile's row of the partials [tiles, 3, C] that ``finalize.merge_statistics`` reads."""
+    out = partials_ptr + tile.to(tl.int64) * (3 * C) + c
+    tl.store(out, high, mask=c < C)
+    tl.store(out + C, low, mask=c < C)
+    tl.store(out + 2 * C, m2, mask=c < C)
 
 
 @triton.jit
@@ -143,7 +153,7 @@ def dot_precision(x: Tensor) -> str:
         return "interpreter"
     if x.dtype != torch.float32:
         return "tf32"  # has no effect on 16-bit operands
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 and device_of(x).backend == "cuda" else "ieee"
 
 

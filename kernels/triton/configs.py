@@ -50,10 +50,11 @@ def conv_config(
     # 128 bytes a row of A: one full cache line of channels a pixel.
     block_k = power_of_two(depth, 16, 128 // dtype.itemsize)
     block_m = 128
-    # 64 accumulators a thread at most, which leaves room for the activated A tile.
-    num_warps = 8 if block_n == 128 or wide else 4
+    # 64 accumulators a thread at most (32 for 64 columns), which leaves room for the activated A tile: with four
+    # warps the 3x3 sites of 64 channels spill on sm_80.
+    num_warps = 8 if block_n >= 64 else 4
     if cdiv(rows, block_m) * cdiv(columns, block_n) < device.multiprocessors:
-        block_m, num_warps = 64, 4  # few tiles: smaller ones fill more of the chip
+        block_m = 64  # few tiles: smaller ones fill more of the chip
     # Three stages hide the latency of the loads on CUDA; on AMD a stage more than two costs occupancy.
     num_stages = 3 if device.backend == "cuda" else 2
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
@@ -63,7 +64,10 @@ def wgrad_config(k: int, c: int, dtype: torch.dtype, precision: str, device: Dev
     """wgrad: ``k`` x ``c`` weights of one tap, reduced over the pixels."""
     if dtype == torch.float32 and precision == "ieee":
         return ConvConfig(power_of_two(k, 16, 64), power_of_two(c, 16, 64), 32, 4, 2)
-    block_m, block_n = power_of_two(k, 16, 128), power_of_two(c, 16, 128)
+    # wgmma (sm_90) and tcgen05 (sm_100) take 64 rows or more. Fewer output channels than that are padded: these
+    # sites are bound by their bytes, not by the tensor cores.
+    least = 64 if device.backend == "cuda" and isinstance(device.arch, int) and device.arch >= 90 else 16
+    block_m, block_n = power_of_two(k, least, 128), power_of_two(c, 16, 128)
     num_warps = 8 if block_m * block_n >= 128 * 128 else 4
     num_stages = 3 if device.backend == "cuda" else 2
     return ConvConfig(block_m, block_n, 128 // dtype.itemsize, num_warps, num_stages)

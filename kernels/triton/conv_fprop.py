@@ -24,6 +24,7 @@ from .common import (
     dot_precision,
     empty_image,
     launch,
+    store_statistics,
     tile_statistics,
 )
 from .configs import conv_config
@@ -39,7 +40,7 @@ def _conv_fprop_kernel(
     bias_ptr,
     residual_ptr,
     y_ptr,  # [N, OH, OW, K]
-    partials_ptr,  # [tiles, 2, K]: mean, M2 of the stored y
+    partials_ptr,  # [tiles, 3, K]: mean (high, low) and M2 of the stored y
     rows,  # N * OH * OW
     H,
     W,
@@ -114,10 +115,8 @@ def _conv_fprop_kernel(
     if STATS:
         # Of the stored, rounded value: that is what the next BN reads.
         count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean, m2 = tile_statistics(y.to(tl.float32), valid, count)
-        out = partials_ptr + tile.to(tl.int64) * (2 * K) + k
-        tl.store(out, mean, mask=in_k)
-        tl.store(out + K, m2, mask=in_k)
+        high, low, m2 = tile_statistics(y.to(tl.float32), valid, count)
+        store_statistics(partials_ptr, tile, K, k, high, low, m2)
 
 
 def conv_fprop(
@@ -148,7 +147,7 @@ def conv_fprop(
     precision = dot_precision(x)
     config = conv_config(rows, k, channels, x.dtype, precision, device_of(x))
     tiles = cdiv(rows, config.block_m)
-    partials = torch.empty((tiles, 2, k), dtype=torch.float32, device=x.device) if stats else None
+    partials = torch.empty((tiles, 3, k), dtype=torch.float32, device=x.device) if stats else None
     launch(
         _conv_fprop_kernel,
         (tiles * cdiv(k, config.block_n),),

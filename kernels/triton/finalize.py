@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, launch, power_of_two
+from .common import cdiv, launch, power_of_two, store_statistics
 
 # Partials merged by one program; the tree has one level up to 256 tiles and two up to 65,536.
 _FAN_IN = 256
@@ -18,10 +18,9 @@ _FAN_IN = 256
 
 @triton.jit
 def _merge_statistics_kernel(
-    partials_ptr,  # [tiles, 2, C]: mean, M2
-    mean_ptr,  # [groups, C], rows ``stride_out`` apart
-    m2_ptr,  # likewise
-    stride_out,
+    partials_ptr,  # [tiles, 3, C]: mean (high, low) and M2
+    mean_ptr,  # [C] in the last level, else partials [groups, 3, C]
+    var_ptr,  # [C] in the last level
     tiles,
     rows_per_tile,
     rows,
@@ -38,20 +37,23 @@ def _merge_statistics_kernel(
     count = tl.minimum(rows_per_tile, tl.maximum(rows - tile.to(tl.int64) * rows_per_tile, 0)).to(tl.float32)
     total = tl.sum(count, axis=0)
 
-    base = partials_ptr + tile.to(tl.int64)[:, None] * (2 * C) + c[None, :]
-    mean_i = tl.load(base, mask=mask, other=0.0)
-    m2_i = tl.load(base + C, mask=mask, other=0.0)
-    # Deviations from the first tile's mean are of the size of the data's spread, whatever its mean.
-    pivot = tl.load(partials_ptr + group.to(tl.int64) * FAN_IN * (2 * C) + c, mask=c < C, other=0.0)
-    mean = pivot + tl.sum(tl.where(mask, (mean_i - pivot[None, :]) * count[:, None], 0.0), axis=0) / total
+    base = partials_ptr + tile.to(tl.int64)[:, None] * (3 * C) + c[None, :]
+    high = tl.load(base, mask=mask, other=0.0)
+    low = tl.load(base + C, mask=mask, other=0.0)
+    m2_i = tl.load(base + 2 * C, mask=mask, other=0.0)
+    # Relative to the first tile's mean everything is of the size of the data's spread, whatever its mean.
+    pivot = tl.load(partials_ptr + group.to(tl.int64) * FAN_IN * (3 * C) + c, mask=c < C, other=0.0)
+    mean_i = tl.where(mask, high - pivot[None, :] + low, 0.0)
+    mean = tl.sum(mean_i * count[:, None], axis=0) / total
     between = tl.where(mask, mean_i - mean[None, :], 0.0)
     m2 = tl.sum(m2_i + between * between * count[:, None], axis=0)
 
+    high = pivot + mean
     if LAST:
-        m2 = m2 / total
-    out = group.to(tl.int64) * stride_out + c
-    tl.store(mean_ptr + out, mean, mask=c < C)
-    tl.store(m2_ptr + out, m2, mask=c < C)
+        tl.store(mean_ptr + c, high, mask=c < C)
+        tl.store(var_ptr + c, m2 / total, mask=c < C)
+    else:
+        store_statistics(mean_ptr, group, C, c, high, mean - (high - pivot), m2)
 
 
 @triton.jit
@@ -83,35 +85,35 @@ def _sum_partials_kernel(
 
 
 def merge_statistics(partials: Tensor, rows_per_tile: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Per-tile (mean, M2) [tiles, 2, C] over ``rows_per_tile`` rows each -> mean and biased variance, each [C]."""
+    """Per-tile (mean high, mean low, M2) [tiles, 3, C] over ``rows_per_tile`` rows each -> mean, biased variance."""
     tiles, _, channels = partials.shape
     block_c = power_of_two(channels, 1, 16)
     while True:
         groups = cdiv(tiles, _FAN_IN)
-        # The two results are tensors of their own: an op's outputs may not share storage.
-        shape = (channels,) if groups == 1 else (groups, 2, channels)
-        out = torch.empty(shape, dtype=torch.float32, device=partials.device)
-        second = torch.empty_like(out) if groups == 1 else out[:, 1]
+        last = groups == 1
+        mean = torch.empty(
+            channels if last else (groups, 3, channels), dtype=torch.float32, device=partials.device
+        )
+        var = torch.empty_like(mean) if last else None
         launch(
             _merge_statistics_kernel,
             (groups, cdiv(channels, block_c)),
             partials.device,
             num_warps=8,
             partials_ptr=partials,
-            mean_ptr=out,
-            m2_ptr=second,
-            stride_out=2 * channels,
+            mean_ptr=mean,
+            var_ptr=var,
             tiles=tiles,
             rows_per_tile=rows_per_tile,
             rows=rows,
             C=channels,
             FAN_IN=_FAN_IN,
-            LAST=groups == 1,
+            LAST=last,
             BLOCK_C=block_c,
         )
-        if groups == 1:
-            return out, second
-        partials, tiles, rows_per_tile = out, groups, rows_per_tile * _FAN_IN
+        if var is not None:
+            return mean, var
+        partials, tiles, rows_per_tile = mean, groups, rows_per_tile * _FAN_IN
 
 
 def sum_partials(partials: Tensor, out: Tensor, tail: Tensor | None = None) -> None:

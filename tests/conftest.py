@@ -1,0 +1,91 @@
+"""Which device the kernels run on in this process, and buffers that show what was never written.
+
+``pytest -m gpu`` compiles the kernels and runs them on the CUDA device; every other run interprets them on CPU
+tensors. One process cannot do both: Triton decides at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from typing import Any
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import fused_preact  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise pytest.UsageError(
+            f"{error}: install the checkout first, `make test` or "
+            "`pip install --no-deps --no-build-isolation -e .`"
+        ) from error
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
+    reason = None
+    if not torch.cuda.is_available():
+        reason = "needs a CUDA device, and there is none"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "needs compiled kernels: run `pytest -m gpu`"
+    if reason:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    """Tests compare numbers, not speed, and may run beside each other."""
+    import torch
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+class _PoisoningTorch:
+    """``torch`` whose uninitialised buffers hold NaN, so that an element never written is seen."""
+
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._torch, name)
+
+    def empty(self, *args: Any, **kwargs: Any) -> Any:
+        return self._poison(self._torch.empty(*args, **kwargs))
+
+    def empty_like(self, *args: Any, **kwargs: Any) -> Any:
+        return self._poison(self._torch.empty_like(*args, **kwargs))
+
+    def _poison(self, tensor: Any) -> Any:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer that the launchers and the reference allocate is filled with NaN."""
+    import torch
+
+    import fused_preact.reference
+    from fused_preact.kernels import triton as package
+
+    modules = [fused_preact.reference]
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        modules.append(importlib.import_module(module.name))
+    poisoning = _PoisoningTorch(torch)
+    for module in modules:
+        if hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", poisoning)

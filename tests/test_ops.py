@@ -1,0 +1,91 @@
+"""The registered ops: schemas, fake kernels, dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import Case, make_site, triton_ops
+from torch import Tensor
+
+from fused_preact import ops, reference
+
+FORMATS = pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+NAMES = list(ops._SCHEMAS)
+
+
+def samples(
+    name: str, device: str, memory_format: torch.memory_format, dtype: torch.dtype = torch.float32
+) -> list[tuple[Any, ...]]:
+    """Arguments of one op: with and without each of its optional parts."""
+    s = make_site(Case(c=5, k=4, stride=(2, 1)), dtype, device, memory_format)
+    vectors = (s.scale, s.shift)
+    gamma = torch.randn(5, device=device)
+    pooled = torch.randn(2, 5, device=device).to(dtype)
+    sums = (s.mean + 1, s.mean - 1)
+    return {
+        "bn_stats": [(s.x,)],
+        "bn_scale_shift": [(s.mean, s.rstd, gamma, s.scale + 1, 1e-5), (s.mean, s.rstd, None, None, 1e-3)],
+        "conv_fprop": [
+            (s.x, *vectors, s.weight, s.bias, s.residual, *s.constants, True),
+            (s.x, *vectors, s.weight, None, None, *s.constants, False),
+        ],
+        "conv_dgrad": [
+            (s.dy, s.weight, s.x, *vectors, s.mean, s.da, *s.constants),
+            (s.dy, s.weight, s.x, None, None, None, None, *s.constants),
+        ],
+        "conv_wgrad": [(s.dy, s.x, *vectors, s.weight, *s.constants)],
+        "bn_backward_apply": [
+            (s.da, s.x, s.mean, s.scale, s.rstd, *sums, True, s.da + 1),
+            (s.da, s.x, s.mean, s.scale, s.rstd, *sums, False, None),
+        ],
+        "bn_relu_avg_pool": [(s.x, *vectors)],
+        "bn_relu_avg_pool_reduce": [(pooled, s.x, *vectors, s.mean)],
+        "bn_relu_avg_pool_apply": [(pooled, s.x, *vectors, s.mean, s.rstd, *sums, True)],
+    }[name]
+
+
+@FORMATS
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, device: str, memory_format: torch.memory_format) -> None:
+    """Schema, fake kernel and functionalisation; the ops themselves take no gradients."""
+    op = getattr(torch.ops.fused_preact, name).default
+    for sample in samples(name, device, memory_format):
+        torch.library.opcheck(op, sample)
+
+
+def described(results: Tensor | tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
+    results = (results,) if isinstance(results, Tensor) else results
+    # Strides of sizes 0 and 1 are free.
+    return [
+        (t.shape, t.dtype, [st for st, size in zip(t.stride(), t.shape, strict=True) if size > 1])
+        for t in results
+    ]
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_backends_return_the_same_kind(
+    name: str, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    """Shapes, dtypes and strides of the Triton launchers, the reference and the fake kernels agree."""
+    for sample in samples(name, "cpu", memory_format, dtype):
+        expected = described(getattr(reference, name)(*sample))
+        assert described(getattr(triton_ops, name)(*sample)) == expected
+        fake = [a.to("meta") if isinstance(a, Tensor) else a for a in sample]
+        assert described(getattr(torch.ops.fused_preact, name)(*fake)) == expected
+
+
+def test_float64_is_served_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = make_site(Case(), torch.float64, "cpu")
+    d = s.double()
+    monkeypatch.setattr(ops, "_triton_table", lambda: pytest.fail("float64 went to Triton"))
+    y, _, _ = triton_ops.conv_fprop(d.x, d.scale, d.shift, d.weight, None, None, *d.constants, True)
+    expected, _, _ = reference.conv_fprop(d.x, d.scale, d.shift, d.weight, None, None, *d.constants, True)
+    assert torch.equal(y, expected)
