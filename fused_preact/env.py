@@ -61,7 +61,9 @@ def report() -> str:
         if name == "cpu" and reason is None:
             state += f", instruction set {torch.ops.fused_preact.cpu_instruction_set()}"
         lines.append(f"  {name:<12} {state}")
-    lines.append("  reference    available: plain PyTorch, serves float64 everywhere and whatever no kernel serves")
+    lines.append(
+        "  reference    available: plain PyTorch, serves float64 everywhere and whatever no kernel serves"
+    )
     lines += [f"serving {device.type:<6} {_serves(device)}" for device in _devices()]
     return "\n".join(lines)
 

@@ -2,8 +2,8 @@
 
 ``torch.ops.fused_preact.*`` dispatch by device: the plain-PyTorch reference is registered as
 CompositeExplicitAutograd and serves every device; Triton's kernels are registered for CUDA (ROCm included)
-and XPU, the compiled ones of ``kernels/cpu`` for CPU, and so take precedence there. The ops are functional and carry no autograd formula: the public
-functions in :mod:`fused_preact.functional` are the way in.
+and XPU, the compiled ones of ``kernels/cpu`` for CPU, and so take precedence there. The ops are functional
+and carry no autograd formula: the public functions in :mod:`fused_preact.functional` are the way in.
 
 :func:`backend` forces one backend, for comparisons and for debugging.
 """
@@ -198,7 +198,9 @@ _cpu_missing: str | None = None
 @functools.cache
 def _warn_without_cpu_kernels() -> None:
     warnings.warn(
-        f"fused_preact: {_cpu_missing}; plain PyTorch serves instead, without fusion", RuntimeWarning, stacklevel=3
+        f"fused_preact: {_cpu_missing}; plain PyTorch serves instead, without fusion",
+        RuntimeWarning,
+        stacklevel=3,
     )
 
 
@@ -220,9 +222,7 @@ def _load_cpu_kernels() -> str | None:
 
     path = os.path.join(os.path.dirname(kernels.__file__), "_cpu.so")
     if not os.path.exists(path):
-        return (
-            "this build has no compiled CPU kernels (a C++ compiler and pip install --no-build-isolation build them)"
-        )
+        return "this build has no compiled CPU kernels (a C++ compiler and pip install --no-build-isolation build them)"
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -190,7 +190,9 @@ def test_groups_take_the_split_path(groups):
 
 
 @dtypes
-@pytest.mark.parametrize("shape", [(2, 1, 3, 5), (3, 17, 7, 9), (2, 65, 1, 1), (5, 100, 13, 11), (1, 3, 70, 67)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 3, 5), (3, 17, 7, 9), (2, 65, 1, 1), (5, 100, 13, 11), (1, 3, 70, 67)]
+)
 def test_pointwise_ops(shape, dtype):
     case = Case((*shape, 4, 1, 1, 0, 1), dtype)
     check("bn_stats", ("mean", "var"), (case.x,))
@@ -337,9 +339,7 @@ def test_empty_batch_and_float64_go_to_the_reference():
     case = Case((2, 6, 9, 8, 10, 3, 1, 1, 1), torch.float32)
     case.x, case.dy, case.residual, case.da = (t[:0] for t in (case.x, case.dy, case.residual, case.da))
     for op, args in (("conv_fprop", case.fprop()), ("conv_dgrad", case.dgrad())):
-        for got, expected in zip(
-            getattr(kernels, op)(*args), getattr(reference, op)(*args), strict=True
-        ):
+        for got, expected in zip(getattr(kernels, op)(*args), getattr(reference, op)(*args), strict=True):
             torch.testing.assert_close(got, expected)
     assert (kernels.conv_wgrad(*case.wgrad()) == 0).all()
     case = Case((2, 6, 9, 8, 10, 3, 1, 1, 1), torch.float64)

@@ -1,7 +1,7 @@
 // The element loops, compiled once per instruction set (so no include guard): the including file sets ISA, a
-// namespace, and the compiler's target. Vectors are GCC/Clang vector extensions of 16 floats: one AVX-512 register, two AVX2
-// registers, four of SSE or NEON. Nothing here may instantiate a function of another header: the linker
-// would keep one copy of it, perhaps the one with instructions that the processor lacks.
+// namespace, and the compiler's target. Vectors are GCC/Clang vector extensions of 16 floats: one AVX-512
+// register, two of AVX2, four of SSE or NEON. Nothing here may instantiate a function of another header: the
+// linker would keep one copy of it, perhaps the one with instructions that the processor lacks.
 
 namespace fused_preact::ISA {
 
@@ -85,10 +85,16 @@ FP_INLINE vf stored(vf v, const c10::Half*) {
   return load(buffer);
 }
 
-// Asks for a later row of a stream from memory; past the end of the tensor it does nothing.
+// Asks for a later part of a stream from memory; past the end of the tensor it does nothing.
 template <typename T>
-FP_INLINE void ahead(const T* p) {
-  __builtin_prefetch((const char*)p + kAheadBytes, 0, 2);
+FP_INLINE void ahead(const T* p, int64_t jump = kAheadBytes / (int64_t)sizeof(T)) {
+  __builtin_prefetch(p + jump, 0, 2);
+}
+
+// The same distance in whole rows, for a loop over some of the columns.
+template <typename T>
+FP_INLINE int64_t rows_ahead(int64_t stride, const T*) {
+  return stride * (1 + kAheadBytes / (stride * (int64_t)sizeof(T)));
 }
 
 template <bool TAIL, typename T>
@@ -200,6 +206,7 @@ template <bool RESIDUAL, bool STATS, int B, bool TAIL, typename T>
 FP_INLINE void fprop_block(
     int64_t c, int64_t n, const float* acc, int64_t acc_stride, int64_t rows, const float* bias,
     const T* residual, T* y, int64_t y_stride, Moments m, bool first) {
+  const int64_t jump = rows_ahead(y_stride, y);
   vf add[B], pivot[B], s[B], q[B];
   for (int b = 0; b < B; b++) {
     const int64_t at = c + 16 * b;
@@ -237,7 +244,7 @@ FP_INLINE void fprop_block(
         const int64_t at = c + 16 * b;
         vf v = load(acc + r * acc_stride + at) + add[b];
         if (RESIDUAL) {
-          ahead(residual + r * y_stride + at);
+          ahead(residual + r * y_stride + at, jump);
           v += get<TAIL>(residual + r * y_stride + at, n);
         }
         put<TAIL>(y + r * y_stride + at, v, n);
@@ -299,6 +306,7 @@ FP_INLINE void dgrad_block(
     }
     return;
   }
+  const int64_t jump = rows_ahead(stride, x);
   vf scale[B], shift[B], mu[B], s[B], sx[B];
   for (int b = 0; b < B; b++) {
     const int64_t at = c + 16 * b;
@@ -318,9 +326,9 @@ FP_INLINE void dgrad_block(
       for (int b = 0; b < B; b++) {
         const int64_t at = c + 16 * b;
         vf v = acc == nullptr ? vf{} : load(acc + r * acc_stride + at);
-        ahead(x + r * stride + at);
+        ahead(x + r * stride + at, jump);
         if (da != nullptr) {
-          ahead(da + r * stride + at);
+          ahead(da + r * stride + at, jump);
           v += get<TAIL>(da + r * stride + at, n);
         }
         const vf value = get<TAIL>(x + r * stride + at, n);
