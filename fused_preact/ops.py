@@ -218,11 +218,10 @@ def _cpu_op(name: str) -> Callable[..., Any]:
 
 def _load_cpu_kernels() -> str | None:
     """Load the library that setup.py built, which registers its operators; returns why it could not, or None."""
-    from . import kernels
-
-    path = os.path.join(os.path.dirname(kernels.__file__), "_cpu.so")
+    kernels = importlib.import_module("fused_preact.kernels")
+    path = os.path.join(os.path.dirname(str(kernels.__file__)), "_cpu.so")
     if not os.path.exists(path):
-        return "this build has no compiled CPU kernels (a C++ compiler and pip install --no-build-isolation build them)"
+        return "this build has no compiled CPU kernels (pip install --no-build-isolation builds them)"
     try:
         torch.ops.load_library(path)
     except OSError as error:
