@@ -2,8 +2,8 @@
 
 ``torch.ops.fused_preact.*`` dispatch by device: the plain-PyTorch reference is registered as
 CompositeExplicitAutograd and serves every device; Triton's kernels are registered for CUDA (ROCm included)
-and XPU and so take precedence there. The ops are functional and carry no autograd formula: the public
-functions in :mod:`fused_preact.functional` are the way in.
+and XPU, the compiled ones of ``kernels/cpu`` for CPU, and so take precedence there. The ops are functional
+and carry no autograd formula: the public functions in :mod:`fused_preact.functional` are the way in.
 
 :func:`backend` forces one backend, for comparisons and for debugging.
 """
@@ -191,12 +191,55 @@ def _triton_op(name: str) -> Callable[..., Any]:
 
 _triton = SimpleNamespace(**{name: _triton_op(name) for name in _SCHEMAS})
 
+_cpu_missing: str | None = None
+"""Why there are no compiled CPU kernels, or None where they are loaded."""
+
+
+@functools.cache
+def _warn_without_cpu_kernels() -> None:
+    warnings.warn(
+        f"fused_preact: {_cpu_missing}; plain PyTorch serves instead, without fusion",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _cpu_op(name: str) -> Callable[..., Any]:
+    """The kernel registered for the CPU where no compiled one is: the reference, saying so once."""
+    fallback = getattr(reference, name)
+
+    def serve(*args: Any) -> Any:
+        if all(arg.dtype != torch.float64 for arg in args if isinstance(arg, Tensor)):
+            _warn_without_cpu_kernels()
+        return fallback(*args)
+
+    return serve
+
+
+def _load_cpu_kernels() -> str | None:
+    """Load the library that setup.py built, which registers its operators; returns why it could not, or None."""
+    kernels = importlib.import_module("fused_preact.kernels")
+    path = os.path.join(os.path.dirname(str(kernels.__file__)), "_cpu.so")
+    if not os.path.exists(path):
+        return "this build has no compiled CPU kernels (pip install --no-build-isolation builds them)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the compiled CPU kernels do not load, perhaps because torch was updated ({error})"
+    return None
+
+
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     for _key in ("CUDA", "XPU"):
         _library.impl(_name, getattr(_triton, _name), _key)
     torch.library.register_fake(f"fused_preact::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+
+_cpu_missing = _load_cpu_kernels()
+if _cpu_missing is not None:
+    for _name in _SCHEMAS:
+        _library.impl(_name, _cpu_op(_name), "CPU")
 
 _dispatched = SimpleNamespace(**{name: getattr(torch.ops.fused_preact, name).default for name in _SCHEMAS})
 
@@ -228,7 +271,9 @@ _ENVIRONMENT = _checked(os.environ.get("FUSED_PREACT_BACKEND", "auto"), "FUSED_P
 def _unavailable(name: str, device: torch.device | None) -> str | None:
     """Why backend ``name`` cannot serve tensors on ``device`` (None: on any device), or None."""
     if name == "cpu":
-        return "this build has no compiled CPU kernels"
+        if _cpu_missing is None and device is not None and device.type != "cpu":
+            return f"the compiled CPU kernels serve CPU tensors and the tensors are on {device}"
+        return _cpu_missing
     if name == "triton":
         missing = _triton_missing()
         if missing is not None:
@@ -281,6 +326,8 @@ def serving_backend(x: Tensor) -> str:
         return "reference" if x.dtype == torch.float64 else name
     if x.device.type in ("cuda", "xpu") and x.dtype != torch.float64 and _triton_missing() is None:
         return "triton"
+    if x.device.type == "cpu" and x.dtype != torch.float64 and _cpu_missing is None:
+        return "cpu"
     return "reference"
 
 

@@ -36,12 +36,17 @@ class TileConfig:
 
 
 def conv_config(
-    rows: int, columns: int, depth: int, dtype: torch.dtype, precision: str, device: Device
+    rows: int,
+    columns: int,
+    depth: int,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    dgrad: bool = False,
 ) -> ConvConfig:
     """fprop and dgrad: ``rows`` pixels x ``columns`` channels, reduced over ``depth`` channels (per tap)."""
     if dtype == torch.float32 and precision == "ieee":
-        # No tensor cores: the operands of every FMA are registers, and a larger tile spills on sm_80.
-        return ConvConfig(64, power_of_two(columns, 16, 64), power_of_two(depth, 16, 32), 4, 2)
+        return _fma_config(32 if dgrad else 64, columns)
     # The whole of C_out in one tile where it fits: each element is then activated once. 256 columns of
     # float32 accumulators beside A in registers would pass 255 registers a thread, so 128 is the most; with
     # float32 tiles in the epilogue too, 64 (128 spills in the dgrad of 3x3 sites, on sm_80 and sm_90).
@@ -60,10 +65,18 @@ def conv_config(
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
 
 
+def _fma_config(block_m: int, columns: int) -> ConvConfig:
+    """float32 without TF32: no tensor cores, and the operands of a whole step of the reduction are registers.
+
+    So steps of 16, the least that tl.dot takes, and few accumulators a thread: more than these and ptxas spills.
+    """
+    return ConvConfig(block_m, power_of_two(columns, 16, 32), 16, 4, 2)
+
+
 def wgrad_config(k: int, c: int, dtype: torch.dtype, precision: str, device: Device) -> ConvConfig:
     """wgrad: ``k`` x ``c`` weights of one tap, reduced over the pixels."""
     if dtype == torch.float32 and precision == "ieee":
-        return ConvConfig(power_of_two(k, 16, 64), power_of_two(c, 16, 64), 32, 4, 2)
+        return _fma_config(64, c)
     # wgmma (sm_90) and tcgen05 (sm_100) take 64 rows or more. Fewer output channels than that are padded: these
     # sites are bound by their bytes, not by the tensor cores.
     least = 64 if device.backend == "cuda" and isinstance(device.arch, int) and device.arch >= 90 else 16

@@ -183,7 +183,7 @@ def conv_dgrad(
     phases = stride[0] * stride[1]
     g = empty_image(x, channels, height, width)
     precision = dot_precision(x)
-    config = conv_config(rows * phases, channels, k, x.dtype, precision, device_of(x))
+    config = conv_config(rows * phases, channels, k, x.dtype, precision, device_of(x), dgrad=True)
     tiles = cdiv(rows, config.block_m)
     partials = (
         torch.empty((phases * tiles, 2 * channels), dtype=torch.float32, device=x.device) if masked else None

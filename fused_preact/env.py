@@ -1,0 +1,72 @@
+"""``python -m fused_preact.env``: versions, and which backend serves what, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+import torch
+
+from . import __version__, ops
+
+__all__ = ["report"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[torch.device]:
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    if torch.xpu.is_available():
+        devices.append(torch.device("xpu"))
+    return devices
+
+
+def _serves(device: torch.device) -> str:
+    """One line of dtype -> backend; ``device`` is asked with empty tensors."""
+    served = []
+    for dtype in _DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        try:
+            served.append(f"{name} {ops.serving_backend(torch.empty(0, dtype=dtype, device=device))}")
+        except RuntimeError as error:
+            return str(error)
+    return ", ".join(served)
+
+
+def report() -> str:
+    """The report that the command prints, as text."""
+    asked = ops.requested_backend()
+    where = "FUSED_PREACT_BACKEND" if "FUSED_PREACT_BACKEND" in os.environ else "the default"
+    lines = [
+        f"fused_preact   {__version__}",
+        f"python         {sys.version.split()[0]} on {platform.platform()}",
+        f"torch          {torch.__version__}, {torch.get_num_threads()} threads",
+        f"triton         {_version('triton')}",
+        f"backend        {asked} ({where})",
+    ]
+    for name in ("triton", "cpu"):
+        reason = ops._unavailable(name, None)
+        state = "available" if reason is None else f"not available: {reason}"
+        if name == "cpu" and reason is None:
+            state += f", instruction set {torch.ops.fused_preact.cpu_instruction_set()}"
+        lines.append(f"  {name:<12} {state}")
+    lines.append(
+        "  reference    available: plain PyTorch, serves float64 everywhere and whatever no kernel serves"
+    )
+    lines += [f"serving {device.type:<6} {_serves(device)}" for device in _devices()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,112 @@
+#include "common.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace fused_preact {
+
+Tensor empty_nhwc(at::IntArrayRef shape, const Tensor& like) {
+  Tensor out = at::empty(shape, like.options(), at::MemoryFormat::ChannelsLast);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + out.nbytes()) / kPage * kPage;
+  if (last >= first + 2 * kPage) {
+    // Advice: where the kernel declines it, small pages serve.
+    static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
+  }
+#endif
+  return out;
+}
+
+float* thread_scratch(int64_t floats) {
+  struct Free {
+    void operator()(float* p) const {
+      std::free(p);
+    }
+  };
+  static thread_local std::unique_ptr<float, Free> buffer;
+  static thread_local int64_t size = 0;
+  if (floats > size) {
+    size = round_up(floats, 1024);
+    buffer.reset();
+    buffer.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
+    if (!buffer) {
+      size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return buffer.get();
+}
+
+PartMoments::PartMoments(int64_t parts, int64_t channels)
+    : channels_(channels),
+      mean_(at::zeros({parts, channels}, at::kDouble)),
+      m2_(at::zeros({parts, channels}, at::kDouble)),
+      count_(at::zeros({parts}, at::kDouble)) {}
+
+void PartMoments::merge(int64_t part, int64_t rows, Moments tile) {
+  double& count = count_.data_ptr<double>()[part];
+  common_loops().merge(
+      count, mean_.data_ptr<double>() + part * channels_, m2_.data_ptr<double>() + part * channels_,
+      static_cast<double>(rows), tile, channels_);
+  count += static_cast<double>(rows);
+}
+
+std::tuple<Tensor, Tensor> PartMoments::finish() {
+  Tensor mean = at::empty({channels_}, at::kFloat), var = at::empty({channels_}, at::kFloat);
+  const int64_t parts = count_.numel();
+  const double *means = mean_.data_ptr<double>(), *m2s = m2_.data_ptr<double>(), *counts = count_.data_ptr<double>();
+  for (int64_t c = 0; c < channels_; c++) {
+    double count = 0, mu = 0, m2 = 0;
+    for (int64_t part = 0; part < parts; part++) {
+      if (counts[part] == 0) {
+        continue;
+      }
+      const double total = count + counts[part], delta = means[part * channels_ + c] - mu;
+      mu += delta * (counts[part] / total);
+      m2 += m2s[part * channels_ + c] + delta * delta * (count * counts[part] / total);
+      count = total;
+    }
+    mean.data_ptr<float>()[c] = static_cast<float>(mu);
+    var.data_ptr<float>()[c] = static_cast<float>(m2 / count);
+  }
+  return {mean, var};
+}
+
+PartSums::PartSums(int64_t parts, int64_t channels)
+    : channels_(channels), total_(at::zeros({parts, channels}, at::kDouble)) {}
+
+void PartSums::add(int64_t part, const float* tile) {
+  common_loops().add(total_.data_ptr<double>() + part * channels_, tile, channels_);
+}
+
+Tensor PartSums::finish() {
+  Tensor out = at::empty({channels_}, at::kFloat);
+  const double* totals = total_.data_ptr<double>();
+  for (int64_t c = 0; c < channels_; c++) {
+    double sum = 0;
+    for (int64_t part = 0; part < total_.size(0); part++) {
+      sum += totals[part * channels_ + c];
+    }
+    out.data_ptr<float>()[c] = static_cast<float>(sum);
+  }
+  return out;
+}
+
+namespace {
+
+std::string cpu_instruction_set() {
+  return common_loops().name;
+}
+
+} // namespace
+
+TORCH_LIBRARY_FRAGMENT(fused_preact, m) {
+  m.def("cpu_instruction_set() -> str", cpu_instruction_set);
+}
+
+} // namespace fused_preact

@@ -1,0 +1,93 @@
+// conv_fprop: y = conv(max(s x + t, 0), W) + bias + residual, and the moments of the stored y.
+#include "ops.h"
+#include "split.h"
+#include "tile_gemm.h"
+
+namespace fused_preact {
+
+namespace {
+
+template <typename T>
+struct FpropEpilogue {
+  const float* bias;
+  const T* residual;
+  T* y;
+  int64_t channels;
+  PartMoments* statistics; // null: none
+  Moments tile{};
+
+  void begin(float* scratch) {
+    if (statistics != nullptr) {
+      const int64_t size = round_up(channels, kLanes);
+      tile = {scratch, scratch + size, scratch + 2 * size};
+    }
+  }
+
+  void panel(const TilePanel& panel, const std::vector<Run>& runs) const {
+    const int64_t c = panel.column;
+    const Moments moments = statistics == nullptr ? Moments{} : Moments{tile.pivot + c, tile.s + c, tile.q + c};
+    for (const Run& run : runs) {
+      const int64_t at = run.dst_pixel * channels + c;
+      loops<T>().fprop_epilogue(
+          panel.acc + run.row * panel.acc_stride, panel.acc_stride, run.count, panel.channels,
+          bias == nullptr ? nullptr : bias + c, residual == nullptr ? nullptr : residual + at, y + at, channels,
+          moments, run.row == 0);
+    }
+  }
+
+  void end(int64_t part, int64_t rows) const {
+    if (statistics != nullptr) {
+      statistics->merge(part, rows, tile);
+    }
+  }
+};
+
+} // namespace
+
+std::tuple<Tensor, Tensor, Tensor> conv_fprop(
+    const Tensor& x_, const Tensor& scale_, const Tensor& shift_, const Tensor& weight, const OptionalTensor& bias_,
+    const OptionalTensor& residual_, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    int64_t groups, bool stats) {
+  const bool same_dtype = weight.scalar_type() == x_.scalar_type() &&
+      (!residual_.has_value() || residual_->scalar_type() == x_.scalar_type());
+  if (!served(x_) || !same_dtype) {
+    return call_reference<decltype(conv_fprop)>(
+        "fused_preact::conv_fprop", x_, scale_, shift_, weight, bias_, residual_, stride, padding, dilation, groups,
+        stats);
+  }
+  if (takes_split_path(x_, groups)) {
+    return split_fprop(x_, scale_, shift_, weight, bias_, residual_, stride, padding, dilation, groups, stats);
+  }
+  const Tensor x = nhwc(x_), scale = floats(scale_), shift = floats(shift_);
+  const OptionalTensor residual = nhwc(residual_);
+  const Tensor bias = bias_.has_value() ? floats(*bias_) : Tensor();
+  const ConvShape shape(x.sizes(), weight.sizes(), stride, padding, dilation);
+  const Grid grid = shape.forward_grid();
+  const PackedWeights packed = pack_forward(weight);
+  const Tiling tiling(grid, packed.depth, packed.columns);
+  const Parts parts(tiling.tiles);
+  const Tensor y = empty_nhwc({shape.n, shape.k, shape.oh, shape.ow}, x);
+  std::optional<PartMoments> statistics;
+  if (stats) {
+    statistics.emplace(parts.parts, shape.k);
+  }
+  FUSED_PREACT_DISPATCH(x.scalar_type(), "conv_fprop", [&] {
+    const Source<scalar_t> source{x.const_data_ptr<scalar_t>(), shape.c, {pointer(scale), pointer(shift)}};
+    const FpropEpilogue<scalar_t> epilogue{
+        bias.defined() ? pointer(bias) : nullptr, data<scalar_t>(residual), y.mutable_data_ptr<scalar_t>(),
+        shape.k, stats ? &*statistics : nullptr};
+    run_tiles(grid, source, packed, tiling, parts, 3 * round_up(shape.k, kLanes), epilogue);
+  });
+  const Tensor out = like_input(y, x_);
+  if (!stats) {
+    return {out, at::empty({0}, at::kFloat), at::empty({0}, at::kFloat)};
+  }
+  const auto [mean, var] = statistics->finish();
+  return {out, mean, var};
+}
+
+TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {
+  m.impl("conv_fprop", conv_fprop);
+}
+
+} // namespace fused_preact

@@ -1,0 +1,80 @@
+// The geometry that forward, dgrad and wgrad share.
+//
+// A Grid is a set of output pixels and, for each kernel tap, the source pixel it reads. A forward convolution
+// is one grid: source = stride * pixel + (dilation * r - padding). The gradient of a strided convolution is
+// one grid per residue class of the input pixel modulo the stride: only the taps that hit a gradient are
+// listed, so no zero of an upsampled gradient is ever multiplied.
+#pragma once
+
+#include <vector>
+
+#include "common.h"
+
+namespace fused_preact {
+
+struct Tap {
+  int64_t index; // r * S + s in the weight
+  int64_t dh, dw; // source pixel = pixel * src_stride + (dh, dw)
+};
+
+struct Grid {
+  int64_t n, h, w; // the pixels
+  int64_t src_h, src_w, src_stride_h, src_stride_w;
+  int64_t dst_h, dst_w, dst_stride_h, dst_stride_w, dst_off_h, dst_off_w; // where pixel (i, j) is stored
+  std::vector<Tap> taps;
+
+  int64_t pixels() const {
+    return n * h * w;
+  }
+  // Whether consecutive pixels are stored consecutively.
+  bool dense() const {
+    return h == dst_h && w == dst_w && dst_stride_h == 1 && dst_stride_w == 1;
+  }
+  // Whether pixel p reads exactly source pixel p: then a tile of the source is a run of memory.
+  bool pointwise() const {
+    return taps.size() == 1 && taps[0].dh == 0 && taps[0].dw == 0 && src_stride_h == 1 && src_stride_w == 1 &&
+        h == src_h && w == src_w;
+  }
+  int64_t dst_pixel(int64_t image, int64_t i, int64_t j) const {
+    return (image * dst_h + i * dst_stride_h + dst_off_h) * dst_w + j * dst_stride_w + dst_off_w;
+  }
+};
+
+struct ConvShape {
+  int64_t n, c, h, w; // input
+  int64_t k, r, s; // weight [k, c, r, s]
+  int64_t oh, ow;
+  int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+
+  ConvShape(
+      at::IntArrayRef input, at::IntArrayRef weight, at::IntArrayRef stride, at::IntArrayRef padding,
+      at::IntArrayRef dilation);
+
+  Grid forward_grid() const;
+  std::vector<Grid> backward_grids() const;
+};
+
+// A run of tile rows that goes to equally spaced pixels of the destination.
+struct Run {
+  int64_t row, count, dst_pixel, dst_step;
+};
+
+// The runs of pixels [begin, end) of the grid.
+void list_runs(const Grid& grid, int64_t begin, int64_t end, std::vector<Run>& runs);
+
+// An NHWC tensor and the prologue to be applied on load (bn.scale null: none).
+template <typename T>
+struct Source {
+  const T* data;
+  int64_t channels;
+  Affine bn;
+};
+
+// Fills rows of `out` (row stride `out_stride`) with the channels [c_begin, c_end) of one tap's source pixels
+// for the pixels [begin, end), activated; rows outside the source are zeros: padding comes after activation.
+template <typename T>
+void gather_tap(
+    const Source<T>& source, const Grid& grid, const Tap& tap, int64_t begin, int64_t end, int64_t c_begin,
+    int64_t c_end, float* out, int64_t out_stride);
+
+} // namespace fused_preact

@@ -1,0 +1,59 @@
+// The default instruction set's loops, and the choice of the best one at load time.
+#include "loops_table.h"
+
+#define ISA default_isa
+#include "loops_body.h"
+
+namespace fused_preact {
+
+float half_to_float(uint16_t bits) {
+  return c10::detail::fp16_ieee_to_fp32_value(bits);
+}
+
+uint16_t float_to_half(float value) {
+  return c10::detail::fp16_ieee_from_fp32_value(value);
+}
+
+namespace {
+
+Variant choose() {
+#ifdef FUSED_PREACT_X86_VARIANTS
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return avx512_variant();
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return avx2_variant();
+  }
+#endif
+  using namespace default_isa;
+  return {{transpose, merge, add, "default"}, table<float>(), table<c10::BFloat16>(), table<c10::Half>()};
+}
+
+const Variant& chosen() {
+  static const Variant variant = choose();
+  return variant;
+}
+
+} // namespace
+
+template <>
+const Loops<float>& loops<float>() {
+  return chosen().f32;
+}
+
+template <>
+const Loops<c10::BFloat16>& loops<c10::BFloat16>() {
+  return chosen().bf16;
+}
+
+template <>
+const Loops<c10::Half>& loops<c10::Half>() {
+  return chosen().f16;
+}
+
+const CommonLoops& common_loops() {
+  return chosen().common;
+}
+
+} // namespace fused_preact

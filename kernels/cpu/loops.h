@@ -1,0 +1,96 @@
+// Element loops: what is done to a tile between memory and the GEMM. One table of functions per storage
+// type, filled with the best instruction set of the processor at hand (loops.cpp).
+//
+// Tiles are row-major float scratch, one row a pixel, one column a channel, padded to a multiple of 16
+// channels; tensors are NHWC, so a row of a tile is a run of consecutive memory. All strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_preact {
+
+// Channels are handled 16 at a time; scratch rows are padded to it.
+constexpr int64_t kLanes = 16;
+
+constexpr int64_t round_up(int64_t value, int64_t step) {
+  return (value + step - 1) / step * step;
+}
+
+// Sums over a tile, shifted by about the mean of its first rows: d = v - pivot, s = sum d, q = sum d^2.
+// Never about zero: with mean/std of 1e4 a float has no digits left for the variance.
+struct Moments {
+  float* pivot;
+  float* s;
+  float* q;
+};
+
+// The prologue and what the mask of a backward pass recomputes: z = scale x + shift, per channel.
+struct Affine {
+  const float* scale; // null: identity, no ReLU
+  const float* shift;
+};
+
+template <typename T>
+struct Loops {
+  // out[r][c] = max(scale x + shift, 0), or x where scale is null; channels are padded with zeros.
+  void (*activate)(
+      const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, float* out, int64_t out_stride);
+
+  // The same, stored as T and without padding: for the split path.
+  void (*activate_store)(const T* x, int64_t rows, int64_t channels, Affine bn, T* out);
+
+  // y = acc + bias + residual (both optional); moments of the stored y where moments.s is not null.
+  // `first`: these rows begin the tile, so they define its pivot.
+  void (*fprop_epilogue)(
+      const float* acc, int64_t acc_stride, int64_t rows, int64_t channels, const float* bias,
+      const T* residual, T* y, int64_t y_stride, Moments moments, bool first);
+
+  // g = (acc + da) [z > 0], sum g and sum g (x - mean) of the stored g. acc null: zeros; da null: none;
+  // bn.scale null: g = acc, no mask and no sums.
+  void (*dgrad_epilogue)(
+      const float* acc, int64_t acc_stride, int64_t rows, int64_t channels, const T* x, const T* da, T* g,
+      int64_t stride, Affine bn, const float* mean, float* sum_g, float* sum_gx);
+
+  // Moments of rows of x.
+  void (*moments)(const T* x, int64_t x_stride, int64_t rows, int64_t channels, Moments moments);
+
+  // dx = a g + b (x - mean) + c + residual (optional).
+  void (*apply)(
+      const T* g, const T* x, const T* residual, int64_t rows, int64_t channels, const float* a,
+      const float* b, const float* c, const float* mean, T* dx);
+
+  // out = mean over rows of max(z, 0): one image of the head.
+  void (*pool)(const T* x, int64_t rows, int64_t channels, Affine bn, T* out);
+
+  // Sums of g and g (x - mean) over one image of the head, g = dy/rows [z > 0]; added to the sums.
+  void (*pool_reduce)(
+      const T* dy, const T* x, int64_t rows, int64_t channels, Affine bn, const float* mean, float* sum_g,
+      float* sum_gx);
+
+  // dx = a g + b (x - mean) + c over one image of the head.
+  void (*pool_apply)(
+      const T* dy, const T* x, int64_t rows, int64_t channels, Affine bn, const float* a, const float* b,
+      const float* c, const float* mean, T* dx);
+};
+
+// The loops of this storage type for this processor; T is float, c10::BFloat16 or c10::Half.
+template <typename T>
+const Loops<T>& loops();
+
+struct CommonLoops {
+  // out[c][r] = in[r][c]
+  void (*transpose)(const float* in, int64_t in_stride, int64_t rows, int64_t cols, float* out, int64_t out_stride);
+
+  // Chan's formula: merge a tile of `tile_count` rows into (count, mean, m2).
+  void (*merge)(double count, double* mean, double* m2, double tile_count, Moments tile, int64_t channels);
+
+  // total += part
+  void (*add)(double* total, const float* part, int64_t channels);
+
+  // "avx512", "avx2" or "default"
+  const char* name;
+};
+
+const CommonLoops& common_loops();
+
+} // namespace fused_preact

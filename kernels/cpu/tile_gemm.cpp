@@ -1,0 +1,154 @@
+#include "tile_gemm.h"
+
+#include <ATen/native/CPUBlas.h>
+
+namespace fused_preact {
+
+void gemm(
+    int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+    int64_t ldc, bool add) {
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/false);
+#else
+  // Column-major BLAS computes the transpose of everything.
+  constexpr auto plain = at::native::TransposeType::NoTranspose;
+  at::native::cpublas::gemm(plain, plain, n, m, k, 1.0f, b, ldb, a, lda, add ? 1.0f : 0.0f, c, ldc);
+#endif
+}
+
+void gemm_release() {
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+  at::native::cpublas::brgemm_release(/*is_vnni=*/false);
+#endif
+}
+
+namespace {
+
+// The weight as [K, R S, C], contiguous: a view where it is channels_last.
+Tensor krsc(const Tensor& weight) {
+  return weight.permute({0, 2, 3, 1}).contiguous();
+}
+
+PackedWeights allocate(int64_t taps, int64_t depth, int64_t columns) {
+  return {at::empty({taps * depth * round_up(columns, kLanes)}, at::kFloat), taps, depth, columns};
+}
+
+// Below this many weights a second thread costs more than it saves.
+constexpr int64_t kPackGrain = 1 << 15;
+
+} // namespace
+
+PackedWeights pack_forward(const Tensor& weight_) {
+  const Tensor weight = krsc(weight_);
+  const int64_t k = weight.size(0), taps = weight.size(1) * weight.size(2), c = weight.size(3);
+  const PackedWeights packed = allocate(taps, round_up(c, kLanes), k);
+  FUSED_PREACT_DISPATCH(weight.scalar_type(), "pack_forward", [&] {
+    const scalar_t* w = weight.const_data_ptr<scalar_t>();
+    const int64_t depth = packed.depth;
+    at::parallel_for(
+        0, packed.panels() * taps, kPackGrain / (PackedWeights::kPanel * depth) + 1, [&](int64_t begin, int64_t end) {
+          float* rows = thread_scratch(PackedWeights::kPanel * depth);
+          for (int64_t i = begin; i < end; i++) {
+            const int64_t panel = i / taps, tap = i % taps;
+            const int64_t count = packed.channels(panel), width = packed.width(panel);
+            float* out = const_cast<float*>(packed.data(panel)) + tap * depth * width;
+            const scalar_t* from = w + (panel * PackedWeights::kPanel * taps + tap) * c;
+            if (count < width) {
+              std::memset(out, 0, depth * width * sizeof(float));
+            }
+            if (std::is_same_v<scalar_t, float> && c == depth) {
+              common_loops().transpose(reinterpret_cast<const float*>(from), taps * c, count, c, out, width);
+              continue;
+            }
+            loops<scalar_t>().activate(from, taps * c, count, c, {nullptr, nullptr}, rows, depth);
+            common_loops().transpose(rows, depth, count, depth, out, width);
+          }
+        });
+  });
+  return packed;
+}
+
+PackedWeights pack_backward(const Tensor& weight_, const Grid& grid) {
+  const Tensor weight = krsc(weight_);
+  const int64_t k = weight.size(0), all_taps = weight.size(1) * weight.size(2), c = weight.size(3);
+  const int64_t taps = static_cast<int64_t>(grid.taps.size());
+  const PackedWeights packed = allocate(taps, round_up(k, kLanes), c);
+  FUSED_PREACT_DISPATCH(weight.scalar_type(), "pack_backward", [&] {
+    const scalar_t* w = weight.const_data_ptr<scalar_t>();
+    const int64_t depth = packed.depth;
+    at::parallel_for(
+        0, packed.panels() * taps, kPackGrain / (PackedWeights::kPanel * depth) + 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; i++) {
+            const int64_t panel = i / taps, tap = i % taps, width = packed.width(panel);
+            float* out = const_cast<float*>(packed.data(panel)) + tap * depth * width;
+            loops<scalar_t>().activate(
+                w + grid.taps[tap].index * c + panel * PackedWeights::kPanel, all_taps * c, k,
+                packed.channels(panel), {nullptr, nullptr}, out, width);
+            std::memset(out + k * width, 0, (depth - k) * width * sizeof(float));
+          }
+        });
+  });
+  return packed;
+}
+
+namespace {
+
+// Scratch that leaves room in a 2 MiB (1 MiB on older processors) second-level cache for a panel of weights.
+constexpr int64_t kLeftFloats = 64 * 1024;
+constexpr int64_t kChunkDepth = 1152;
+
+// The window's height and width where the taps are a dense rectangle in ascending order, else zeros.
+std::pair<int64_t, int64_t> dense_window(const Grid& grid) {
+  const auto& taps = grid.taps;
+  if (taps.size() < 2 || grid.src_stride_h != 1 || grid.src_stride_w != 1) {
+    return {0, 0};
+  }
+  int64_t width = 1;
+  while (width < static_cast<int64_t>(taps.size()) && taps[width].dh == taps[0].dh) {
+    width++;
+  }
+  const int64_t height = static_cast<int64_t>(taps.size()) / width;
+  for (int64_t i = 0; i < static_cast<int64_t>(taps.size()); i++) {
+    if (i >= height * width || taps[i].dh != taps[0].dh + i / width || taps[i].dw != taps[0].dw + i % width) {
+      return {0, 0};
+    }
+  }
+  return {height, width};
+}
+
+// As many tiles as make every thread's share the same.
+int64_t balanced(int64_t total, int64_t target) {
+  const int64_t threads = at::get_num_threads();
+  const int64_t tiles = round_up((total + target - 1) / target, threads);
+  return std::max<int64_t>(1, (total + tiles - 1) / tiles);
+}
+
+} // namespace
+
+Tiling::Tiling(const Grid& grid, int64_t depth, int64_t columns) {
+  const int64_t taps = static_cast<int64_t>(grid.taps.size());
+  std::tie(window_h, window_w) = dense_window(grid);
+  // A product of few rows wastes registers: on maps narrower than 8 the explicit form, whose rows run on across
+  // image rows, is faster (measured at 7x7 and 8x8, 64 and 512 channels).
+  band = window_w > 1 && grid.w >= 8;
+  if (band) {
+    const int64_t row_floats = (grid.w + window_w - 1) * depth;
+    const int64_t fitting = kLeftFloats / row_floats - (window_h - 1);
+    rows = std::min({std::max<int64_t>({fitting, 2 * (window_h - 1), 1}), grid.h, 512 / grid.w + 1});
+    const int64_t per_image = (grid.h + rows - 1) / rows;
+    rows = (grid.h + per_image - 1) / per_image;
+    tiles = grid.n * ((grid.h + rows - 1) / rows);
+    chunk_taps = taps;
+    // A call costs about as much as 8 Ki multiplications (100 ns); a row between two skips this many.
+    row_calls = (window_w - 1) * std::min(columns, PackedWeights::kPanel) * window_w * depth > (1 << 13);
+    return;
+  }
+  row_calls = false;
+  window_h = window_w = 1;
+  chunk_taps = std::max<int64_t>(1, std::min(taps, kChunkDepth / depth));
+  const int64_t target = std::min<int64_t>(192, std::max<int64_t>(64, kLeftFloats / (chunk_taps * depth)));
+  rows = balanced(grid.pixels(), target);
+  tiles = (grid.pixels() + rows - 1) / rows;
+}
+
+} // namespace fused_preact

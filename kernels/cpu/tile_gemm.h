@@ -1,0 +1,198 @@
+// The tile: gather and activate into scratch, multiply, hand the accumulator to an epilogue while it is hot.
+//
+// Two ways to build the left operand:
+//  - explicit: one row a pixel, taps side by side (im2col of a tile, in cache). Serves every geometry.
+//  - band: the activated rows of one image with their zero border, once; a tap row is then the same scratch
+//    read with overlapping rows (row stride one pixel, depth S pixels). For dense stride-1 windows.
+#pragma once
+
+#include "gather.h"
+
+namespace fused_preact {
+
+// Weights as the right operand: panels of up to 64 columns, each [taps][depth][width] and contiguous, so that a
+// micro-kernel walks memory in order. 64 columns are four vector registers, the widest block that leaves
+// registers for six rows.
+struct PackedWeights {
+  static constexpr int64_t kPanel = 64;
+  Tensor buffer;
+  int64_t taps, depth, columns;
+
+  int64_t panels() const {
+    return (columns + kPanel - 1) / kPanel;
+  }
+  int64_t channels(int64_t panel) const {
+    return std::min(kPanel, columns - panel * kPanel);
+  }
+  int64_t width(int64_t panel) const {
+    return round_up(channels(panel), kLanes);
+  }
+  const float* data(int64_t panel) const {
+    return buffer.const_data_ptr<float>() + panel * kPanel * taps * depth;
+  }
+};
+
+// For y = conv(a, W): reduction over the input channels, columns are the output channels.
+PackedWeights pack_forward(const Tensor& weight);
+
+// For da = dgrad(dy, W): reduction over the output channels, columns are the input channels, taps of the grid.
+PackedWeights pack_backward(const Tensor& weight, const Grid& grid);
+
+// C[m, n] (+)= A[m, k] B[k, n], row-major.
+void gemm(
+    int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+    int64_t ldc, bool add);
+
+// To be called at the end of a thread's work.
+void gemm_release();
+
+// How a grid is cut into tiles.
+struct Tiling {
+  bool band;
+  int64_t window_h, window_w; // the kernel, where it is a dense window
+  int64_t rows; // pixels of a tile, or rows of an image for a band
+  bool row_calls; // a band is multiplied row by row, not at once with the columns between two rows
+  int64_t tiles;
+  int64_t chunk_taps; // taps gathered at a time
+
+  Tiling(const Grid& grid, int64_t depth, int64_t columns);
+};
+
+// One column panel of a finished tile.
+struct TilePanel {
+  const float* acc; // null: no tap reaches these pixels
+  int64_t acc_stride;
+  int64_t column, channels;
+};
+
+// Runs all tiles. For each one calls
+//   epilogue.begin(scratch)                     scratch of `epilogue_floats`, per tile
+//   epilogue.panel(panel, runs)                 once per column panel
+//   epilogue.end(part, rows)                    part of the fixed partition, rows of the tile
+// on a copy of `epilogue` that belongs to the part.
+template <typename T, typename Epilogue>
+void run_tiles(
+    const Grid& grid, const Source<T>& source, const PackedWeights& weights, const Tiling& tiling,
+    const Parts& parts, int64_t epilogue_floats, const Epilogue& epilogue);
+
+// --- implementation ---------------------------------------------------------------------------------------
+
+// Fills the band of image rows [i_begin, i_end) and returns the pixels in one of its rows.
+template <typename T>
+void fill_band(
+    const Source<T>& source, const Grid& grid, const Tiling& tiling, int64_t image, int64_t i_begin,
+    int64_t i_end, float* band) {
+  const auto activate = loops<T>().activate;
+  const int64_t depth = round_up(source.channels, kLanes), width = grid.w + tiling.window_w - 1;
+  const int64_t dh = grid.taps[0].dh, dw = grid.taps[0].dw;
+  const int64_t lo = std::min(std::max(-dw, int64_t{0}), width);
+  const int64_t hi = std::max(std::min(grid.src_w - dw, width), lo);
+  for (int64_t row = i_begin; row < i_end + tiling.window_h - 1; row++, band += width * depth) {
+    const int64_t src_row = row + dh;
+    if (src_row < 0 || src_row >= grid.src_h || lo == hi) {
+      std::memset(band, 0, width * depth * sizeof(float));
+      continue;
+    }
+    std::memset(band, 0, lo * depth * sizeof(float));
+    const int64_t pixel = (image * grid.src_h + src_row) * grid.src_w + lo + dw;
+    activate(
+        source.data + pixel * source.channels, source.channels, hi - lo, source.channels, source.bn,
+        band + lo * depth, depth);
+    std::memset(band + hi * depth, 0, (width - hi) * depth * sizeof(float));
+  }
+}
+
+template <typename T, typename Epilogue>
+void run_tiles(
+    const Grid& grid, const Source<T>& source, const PackedWeights& weights, const Tiling& tiling,
+    const Parts& parts, int64_t epilogue_floats, const Epilogue& epilogue) {
+  const int64_t depth = weights.depth, panels = weights.panels(), taps = weights.taps;
+  const int64_t band_width = grid.w + tiling.window_w - 1;
+  const int64_t band_tiles = (grid.h + tiling.rows - 1) / tiling.rows; // per image
+  const int64_t max_rows = tiling.band ? tiling.rows * band_width : tiling.rows;
+  // A row of the source that is read as it is needs no scratch.
+  const bool direct =
+      std::is_same_v<T, float> && grid.pointwise() && source.bn.scale == nullptr && source.channels == depth;
+  const int64_t chunk = std::max<int64_t>(tiling.chunk_taps, 1) * depth;
+  const bool one_chunk = tiling.band || tiling.chunk_taps >= taps;
+
+  parts.run([&](int64_t part, int64_t tile_begin, int64_t tile_end) {
+    int64_t left_floats = 0;
+    if (tiling.band) {
+      left_floats = (tiling.rows + tiling.window_h - 1) * band_width * depth;
+    } else if (!direct) {
+      left_floats = tiling.rows * chunk;
+    }
+    // A panel at a time fits where its accumulator is final; else all panels wait for the last chunk.
+    const int64_t acc_floats = max_rows * PackedWeights::kPanel * (one_chunk ? 1 : panels);
+    Arena arena(thread_scratch(
+        round_up(left_floats, kLanes) + round_up(acc_floats, kLanes) + round_up(epilogue_floats, kLanes)));
+    float* left = arena.take(left_floats);
+    float* acc = arena.take(acc_floats);
+    float* extra = arena.take(epilogue_floats);
+    Epilogue mine = epilogue;
+    std::vector<Run> runs;
+
+    for (int64_t tile = tile_begin; tile < tile_end; tile++) {
+      mine.begin(extra);
+      const auto finish = [&](int64_t panel, const float* result) {
+        mine.panel(
+            {result, weights.width(panel), panel * PackedWeights::kPanel, weights.channels(panel)}, runs);
+      };
+      int64_t rows = 0;
+      if (tiling.band) {
+        const int64_t image = tile / band_tiles, i = tile % band_tiles * tiling.rows;
+        const int64_t count = std::min(tiling.rows, grid.h - i);
+        fill_band(source, grid, tiling, image, i, i + count, left);
+        runs.clear();
+        for (int64_t row = 0; row < count; row++) {
+          runs.push_back({row * band_width, grid.w, grid.dst_pixel(image, i + row, 0), grid.dst_stride_w});
+        }
+        rows = count * grid.w;
+        // In one call, the columns between two image rows are computed and skipped.
+        const int64_t calls = tiling.row_calls ? count : 1, k = tiling.window_w * depth;
+        const int64_t m = tiling.row_calls ? grid.w : (count - 1) * band_width + grid.w;
+        for (int64_t panel = 0; panel < panels; panel++) {
+          const int64_t width = weights.width(panel);
+          for (int64_t call = 0; call < calls; call++) {
+            for (int64_t r = 0; r < tiling.window_h; r++) {
+              gemm(
+                  m, width, k, left + (call + r) * band_width * depth, depth, weights.data(panel) + r * k * width,
+                  width, acc + call * band_width * width, width, r > 0);
+            }
+          }
+          finish(panel, acc);
+        }
+      } else {
+        const int64_t begin = tile * tiling.rows, end = std::min(begin + tiling.rows, grid.pixels());
+        rows = end - begin;
+        list_runs(grid, begin, end, runs);
+        for (int64_t tap = 0; tap < taps; tap += tiling.chunk_taps) {
+          const int64_t count = std::min(tiling.chunk_taps, taps - tap), k = count * depth;
+          const float* a = left;
+          if constexpr (std::is_same_v<T, float>) {
+            a = direct ? source.data + begin * depth : left;
+          }
+          for (int64_t i = 0; i < count && !direct; i++) {
+            gather_tap(source, grid, grid.taps[tap + i], begin, end, 0, source.channels, left + i * depth, k);
+          }
+          for (int64_t panel = 0; panel < panels; panel++) {
+            const int64_t width = weights.width(panel);
+            float* out = one_chunk ? acc : acc + panel * PackedWeights::kPanel * tiling.rows;
+            gemm(rows, width, k, a, k, weights.data(panel) + tap * depth * width, width, out, width, tap > 0);
+            if (tap + count == taps) {
+              finish(panel, out);
+            }
+          }
+        }
+        for (int64_t panel = 0; taps == 0 && panel < panels; panel++) {
+          finish(panel, nullptr);
+        }
+      }
+      mine.end(part, rows);
+    }
+    gemm_release();
+  });
+}
+
+} // namespace fused_preact
