@@ -1,4 +1,4 @@
-"""Inference of whole networks in eval mode, weights in the dtype measured. Every candidate's logits are checked first."""
+"""Inference of whole networks in eval mode, weights in the dtype measured; logits are checked first."""
 
 from __future__ import annotations
 

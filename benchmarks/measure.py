@@ -168,6 +168,9 @@ def interleave(
                 break
             rng.shuffle(running)
             for candidate in running:
+                if not clock.cuda:
+                    # Another runtime's threads spin for a while after their work; let them go to sleep.
+                    time.sleep(0.002)
                 repeat = calls[candidate.name]
                 forward, backward = _block(candidate, turn * repeat, repeat, clock)
                 samples[candidate.name].forward.append(forward)

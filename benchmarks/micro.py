@@ -149,6 +149,17 @@ def _candidate(
     return Candidate(name, forward, backward)
 
 
+def candidate_of(
+    case: Case, subject: Subject, setting: Setting, inputs: list[Input] | None = None
+) -> Candidate:
+    """A candidate with its own copy of the module; ``inputs`` made here where none are given to share."""
+    module = copy.deepcopy(case.module).to(
+        device=setting.torch_device, dtype=setting.torch_dtype, memory_format=subject.memory_format
+    )
+    inputs = _inputs(case, setting, subject.memory_format) if inputs is None else inputs
+    return _candidate(subject.name, subject.run(module), module, inputs)
+
+
 def problems(case: Case, setting: Setting, batch: int = 4) -> dict[str, str]:
     """What is wrong with each candidate on a small batch: "REFUSED ..." for a wrong result, "ERROR ..." for none."""
     batch = min(batch, case.in_shape[0])
@@ -188,13 +199,10 @@ def measure_case(case: Case, setting: Setting, model: str, top: Ceilings, second
         schedules[subject.name] = subject.schedule
         if subject.name in wrong:
             continue
-        module = copy.deepcopy(case.module).to(
-            device=device, dtype=dtype, memory_format=subject.memory_format
-        )
         if subject.memory_format not in inputs:
             inputs[subject.memory_format] = _inputs(case, setting, subject.memory_format)
         rotated = inputs[subject.memory_format]
-        candidates.append(_candidate(subject.name, subject.run(module), module, rotated))
+        candidates.append(candidate_of(case, subject, setting, rotated))
     copies = len(next(iter(inputs.values()), [0]))
     bare = networks.bare_candidate("bare convolutions", case.convs, batch, dtype, device, copies)
     with fused_preact.backend(setting.backend):

@@ -171,7 +171,7 @@ def parser(
     return made
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Setting:
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, quiet: bool = False) -> Setting:
     """Parse, pin the threads, fix the seed and say what runs."""
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -193,5 +193,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Setting:
         args,
     )
     torch.manual_seed(0)
-    setting.announce()
+    # float32 means float32: TF32 would give the library's convolutions another precision than they are checked at.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # eager at its best: cuDNN tries its algorithms on the first call
+    if not quiet:
+        setting.announce()
     return setting

@@ -7,7 +7,9 @@ package is not installed is listed as missing; one that raises is listed with it
 from __future__ import annotations
 
 import importlib.util
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +78,10 @@ def _onnx(net: nn.Module, x: Tensor, path: Path) -> None:
     """The plain network in eval mode as an ONNX file, for the runtimes."""
     net = net.to(memory_format=torch.contiguous_format)
     x = x.contiguous()
-    torch.onnx.export(net, (x,), str(path), input_names=["x"], dynamo=True, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
+        torch.onnx.export(net, (x,), str(path), input_names=["x"], dynamo=True, verbose=False)
 
 
 def _onnxruntime(net: nn.Module, x: Tensor, setting: Setting) -> Function:

@@ -26,8 +26,8 @@ class Row:
     """One line of a results file; empty strings where a column does not apply.
 
     Times are milliseconds per call, speed-ups are over ``base`` and paired round by round, ``floor_ms`` is the least
-    time that the row's own schedule could take at the measured ceilings, ``samples`` holds every round. ``load`` is the machine's load average when
-    the run ended: on an idle machine about the number of threads.
+    time that the row's own schedule could take at the measured ceilings, ``samples`` holds every round. ``load`` is
+    the machine's load average when the run ended: on an idle machine about the number of threads.
     """
 
     date: str = ""

@@ -1,7 +1,8 @@
 """Training steps of whole networks: forward and loss, backward, SGD with momentum.
 
-"forward" is the network and its loss, "backward" the rest of the step, optimiser included. In bf16 and fp16 the weights
-are float32 under autocast. Every candidate's logits in training mode and our gradients, unit by unit, are checked first.
+"forward" is the network and its loss, "backward" the rest of the step, optimiser included. In bf16 and fp16 the
+weights are float32 under autocast. Every candidate's logits in training mode and our gradients, unit by unit, are
+checked first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every distinct residual unit of a network, training mode, forward and backward.
 
-"fused" runs as inside a network: the statistics of its input come with it, those of its output are made. "fused alone"
-is the unit called by itself.
+"fused" runs as inside a network: the statistics of its input come with it, those of its output are made. "fused
+alone" is the unit called by itself.
 """
 
 from __future__ import annotations
