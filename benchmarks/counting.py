@@ -16,6 +16,7 @@ On small inputs the cache holds what is counted as memory traffic, so a result m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -149,11 +150,17 @@ def unit_kernels(unit: UnitCase, batch: int, item: int, schedule: str, first: bo
     return kernels
 
 
+@functools.cache
+def _outline(model: str) -> tuple[int, bool]:
+    """How many parameters the network has, and whether its stem pools."""
+    net = networks.create(model)
+    return sum(p.numel() for p in net.parameters()), any(isinstance(m, nn.MaxPool2d) for m in net.modules())
+
+
 def network_kernels(model: str, batch: int, item: int, schedule: str) -> list[Kernel]:
     """A whole training step: stem, units, head, classifier and SGD with momentum."""
-    net = networks.create(model)
     units = networks.unit_cases(model)
-    kernels = _stem_kernels(net, model, units[0], batch, item, schedule)
+    kernels = _stem_kernels(model, units[0], batch, item, schedule)
     for index, unit in enumerate(units):
         kernels += unit_kernels(unit, batch, item, schedule, first=index == 0)
     if schedule == "conv":
@@ -169,21 +176,19 @@ def network_kernels(model: str, batch: int, item: int, schedule: str) -> list[Ke
     kernels.append(Kernel("forward", "fc", weights * item, 2.0 * batch * weights))
     kernels.append(Kernel("backward", "fc", 2 * weights * item, 4.0 * batch * weights))
     # Weight and momentum in float32 read and written, the gradient read, the working copy written.
-    parameters = sum(p.numel() for p in net.parameters())
+    parameters, _ = _outline(model)
     kernels.append(Kernel("backward", "optimiser", parameters * (16 + 2 * item)))
     return kernels
 
 
-def _stem_kernels(
-    net: nn.Module, model: str, unit: UnitCase, batch: int, item: int, schedule: str
-) -> list[Kernel]:
+def _stem_kernels(model: str, unit: UnitCase, batch: int, item: int, schedule: str) -> list[Kernel]:
     conv = networks.network_convs(model)[0]
     stem = _count(SiteCase(conv.c, conv.k, conv.h, conv.kernel, conv.stride, False), batch, item)
     kernels = [
         Kernel("forward", "conv", stem.x + stem.weight + stem.y, stem.flops),
         Kernel("backward", "conv", stem.x + stem.weight + stem.y, stem.flops),
     ]
-    if schedule != "conv" and any(isinstance(m, nn.MaxPool2d) for m in net.modules()):
+    if schedule != "conv" and _outline(model)[1]:
         pooled = batch * unit.c * unit.h**2
         # PyTorch keeps 64-bit indices; a compiler needs one byte for a 3x3 window.
         moved = stem.y + pooled * item + pooled * (8 if schedule == "eager" else 1)
@@ -193,9 +198,8 @@ def _stem_kernels(
 
 def inference_kernels(model: str, batch: int, item: int, schedule: str) -> list[Kernel]:
     """A forward pass in eval mode. "pointwise" fuses add-BN-ReLU; "c1" also folds and activates on load."""
-    net = networks.create(model)
     units = networks.unit_cases(model)
-    kernels = [k for k in _stem_kernels(net, model, units[0], batch, item, schedule) if k.phase == "forward"]
+    kernels = [k for k in _stem_kernels(model, units[0], batch, item, schedule) if k.phase == "forward"]
     for index, unit in enumerate(units):
         sites = [_count(site, batch, item) for site in unit.sites]
         o = sites[-1].y

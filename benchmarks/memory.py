@@ -2,8 +2,8 @@
 
 Saved activations are counted exactly, on meta tensors: every storage that autograd keeps for backward, once, without
 parameters and buffers. The peak is measured, in a process of its own: on a CPU as the growth of the peak resident
-memory over one step, on a GPU as the allocator's peak, both at two batches, whose difference gives the bytes per image.
-The largest batch is what a budget leaves after weights, gradients, momentum and the fixed part.
+memory over one step, on a GPU as the allocator's peak, both at two batches, whose difference gives the bytes of an
+image. The largest batch is what a budget leaves after weights, gradients, momentum and the fixed part.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,6 @@ from .peers import BASE, OURS, Peer
 from .results import Row
 
 BARE = "bare convolutions"
-
-
-class Ready(NamedTuple):
-    """A peer that was prepared and found right."""
-
-    peer: Peer
-    candidate: Candidate
 
 
 def fuse(net: nn.Module, fused: bool) -> None:
@@ -180,9 +173,9 @@ def run(work: Callable[[str, int, Setting], Any], setting: Setting, profile: boo
     top = roofline.ceilings(setting.torch_device, setting.torch_dtype)
     status = 0
     for done, model in enumerate(setting.models):
-        rows = _network(work, model, setting, top, done, profile)
-        setting.finish(rows)
-        status |= micro.failed(rows)
+        for rows in _network(work, model, setting, top, done, profile):
+            setting.finish(rows)
+            status |= micro.failed(rows)
     return status
 
 
@@ -193,12 +186,13 @@ def _network(
     top: counting.Ceilings,
     done: int,
     profile: bool,
-) -> list[Row]:
+) -> Iterator[list[Row]]:
+    """The rows of one network, in portions that are worth keeping before the next is there."""
     batch = setting.batch_for(model)
     deadline = setting.share(done, len(setting.models))
     begun = measure.now()
     job = work(model, batch, setting)
-    ready: list[Ready] = []
+    ready: list[Candidate] = []
     rows: list[Row] = []
     eager: list[Tensor] = []
     schedules = {BARE: "conv"}
@@ -217,10 +211,10 @@ def _network(
                 else:
                     status = f"REFUSED {wrong}" if wrong else None
                     if status is None:
-                        ready.append(Ready(peer, candidate))
+                        ready.append(candidate)
             if status:
                 rows.append(_row(setting, model, batch, peer.name, job.phases[-1], status=status))
-        candidates = [r.candidate for r in ready] + [job.bare()]
+        candidates = [*ready, job.bare()]
         seconds = max(0.0, deadline - (measure.now() - begun))
         measured = measure.interleave(candidates, setting.torch_device, seconds, min_rounds=3, warmup=2)
         for name, error in measured.errors.items():
@@ -235,9 +229,9 @@ def _network(
                 row.bytes = results.number(sum(k.bytes for k in chosen))
                 row.flops = results.number(sum(k.flops for k in chosen))
                 rows.append(row)
-        for r in ready if profile else []:
-            rows += _extras(setting, model, batch, r.candidate, measured.samples)
-    return rows
+        yield rows
+        if profile:
+            yield [row for c in ready for row in _extras(setting, model, batch, c, measured.samples)]
 
 
 def _extras(

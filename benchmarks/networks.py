@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -105,10 +106,10 @@ class UnitCase(NamedTuple):
         return f"{kind}{f'/{stride}' if stride > 1 else ''} {first.c}->{last.k} @{self.h} {shortcut}"
 
 
-def unit_cases(model: str | nn.Module, size: int | None = None) -> list[UnitCase]:
+@functools.cache
+def unit_cases(model: str) -> list[UnitCase]:
     """Every unit of the network in order. The shapes come from a run on meta tensors, which costs nothing."""
-    net = create(model) if isinstance(model, str) else model
-    size = size or image_size(str(model))
+    net, size = create(model), image_size(model)
     shadow = copy.deepcopy(net).to("meta")
     heights: list[int] = []
     for module in shadow.modules():
@@ -159,6 +160,7 @@ def bare_convs(sites: list[SiteCase]) -> list[BareConv]:
     return [BareConv(s.c, s.k, s.h, s.kernel, s.stride) for s in sites]
 
 
+@functools.cache
 def network_convs(model: str) -> list[BareConv]:
     """All convolutions of the network: the stem's, the units', the projections'."""
     net = create(model)

@@ -16,10 +16,12 @@ def cases(model: str, batch: int, item: int, limit: int = 0) -> list[micro.Case]
     """The network's distinct sites, those that take most of its FLOPs first."""
     sites = networks.distinct_sites(networks.unit_cases(model))
     sites.sort(key=lambda pair: -pair[1] * pair[0].c * pair[0].k * (pair[0].kernel * pair[0].out) ** 2)
-    return [_case(site, count, batch, item) for site, count in (sites[:limit] if limit else sites)]
+    return [site_case(site, count, batch, item) for site, count in (sites[:limit] if limit else sites)]
 
 
-def _case(site: SiteCase, count: int, batch: int, item: int) -> micro.Case:
+def site_case(site: SiteCase, count: int, batch: int, item: int) -> micro.Case:
+    """A site as something to measure; ``item``: bytes of an element."""
+
     def kernels(schedule: str) -> list[Kernel]:
         return counting.site_kernels(site, batch, item, schedule)
 
