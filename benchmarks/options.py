@@ -115,7 +115,7 @@ def line(row: Row) -> str:
     head = f"{row.model:24.24} {row.case:34.34} {row.candidate:22.22} {row.phase:8}"
     if row.status != "ok":
         return f"{head} {row.status}"
-    parts = []
+    parts = ["right"] if row.phase == "check" else []
     if row.p50:
         parts.append(f"{float(row.p50):10.3f} ms [{float(row.p20):.3f}, {float(row.p80):.3f}] n={row.rounds}")
     if row.speedup_p50:

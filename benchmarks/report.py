@@ -42,8 +42,8 @@ in the same dtype, a peer eight times. What is wrong is REFUSED and has no speed
 - **bare convolutions**: the library's convolutions alone, without BN, ReLU, addition: the floor without fusion.
 - **fused**: this library, inside a network: statistics come with the input and are made for the next reader.
   **fused alone**: a single module, which reads its input once more for them.
-- **of its floor**: the least time that the candidate's own schedule could take at the measured copy bandwidth and GEMM
-  rate, as a share of the measured time. Tensors that stay in the cache can pass 100 %.
+- **of its floor**: the least time that the candidate's own schedule could take at the measured copy bandwidth and
+  GEMM rate, as a share of the measured time. Tensors that stay in the cache can pass 100 %.
 """
 
 

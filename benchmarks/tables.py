@@ -224,5 +224,5 @@ def summary(rows: list[Row]) -> list[str]:
         "over the best compiler mode",
         "saved activations",
     ]
-    note = "Written by `python -m benchmarks report`; all figures, losses too: [docs/performance.md](docs/performance.md)."
+    note = "Written by `python -m benchmarks report`; all of them, losses too: [performance](docs/performance.md)."
     return [*table(head, body), "", note]
