@@ -3,8 +3,9 @@
     python -m benchmarks compare old.csv new.csv
     python -m benchmarks compare main HEAD --bench "op --model cifar_preact_resnet164 --limit 4 --minutes 2"
 
-Times that were taken beside a base are compared relative to it, so that a machine which is slower today slows both.
-A change counts where it is larger than the rounds' spread of both sides together and than 3 %. Commits are installed
+A change counts where it is larger than the rounds' spread of both sides together and than 3 %. Times that were taken
+beside a base are compared twice, in milliseconds and relative to the base, and both have to have changed: a machine
+that is slower today slows both sides, and a base that was faster in one run slows nobody. Commits are installed
 into folders of their own and measured in turns by this checkout's benchmarks.
 """
 
@@ -39,21 +40,28 @@ class Change(NamedTuple):
     reason: str = ""
 
 
-def _cost(row: Row) -> Spread | None:
-    """The time as a multiple of the base's, or in ms where there is no other base; None where nothing was timed."""
-    if row.status != "ok" or not row.p50:
-        return None
-    if row.speedup_p50 and row.base != row.candidate:
-        return Spread(1 / float(row.speedup_p80), 1 / float(row.speedup_p50), 1 / float(row.speedup_p20))
-    return Spread(float(row.p20), float(row.p50), float(row.p80))
-
-
-def _pooled(rows: list[Row]) -> Spread | None:
-    """Repeated measurements as one: the median of their medians, within the widest spread."""
-    costs = [c for c in map(_cost, rows) if c is not None]
+def _pooled(rows: list[Row], relative: bool) -> Spread | None:
+    """Repeated measurements as one: the median of their medians, within the widest spread; None where not timed."""
+    costs = []
+    for row in rows:
+        if row.status != "ok" or not row.p50:
+            continue
+        if not relative:
+            costs.append(Spread(float(row.p20), float(row.p50), float(row.p80)))
+        elif row.speedup_p50 and row.base != row.candidate:
+            faster = Spread(float(row.speedup_p20), float(row.speedup_p50), float(row.speedup_p80))
+            costs.append(Spread(1 / faster.p80, 1 / faster.p50, 1 / faster.p20))
     if not costs:
         return None
     return Spread(min(c.p20 for c in costs), spread([c.p50 for c in costs]).p50, max(c.p80 for c in costs))
+
+
+def _verdict(a: Spread, b: Spread) -> tuple[str, float, float]:
+    """What became of a cost, by which share, and the share that is noise."""
+    noise = (a.p80 - a.p20) / 2 / a.p50 + (b.p80 - b.p20) / 2 / b.p50
+    change = b.p50 / a.p50 - 1
+    limit = max(LEAST, noise)
+    return "slower" if change > limit else "faster" if change < -limit else "same", change, noise
 
 
 def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
@@ -67,20 +75,22 @@ def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
     found = []
     broken = {_without_phase(r): r.status for rows in sides[1].values() for r in rows if r.status != "ok"}
     for key, old in sides[0].items():
-        a = _pooled(old)
+        a = _pooled(old, relative=False)
         if a is None:
             continue
         status = broken.get(_without_phase(old[0]))
         if status:
             found.append(Change(key, "broken", 0, 0, status))
             continue
-        b = _pooled(sides[1].get(key, []))
+        new = sides[1].get(key, [])
+        b = _pooled(new, relative=False)
         if b is None:
             continue
-        noise = (a.p80 - a.p20) / 2 / a.p50 + (b.p80 - b.p20) / 2 / b.p50
-        change = b.p50 / a.p50 - 1
-        limit = max(LEAST, noise)
-        verdict = "slower" if change > limit else "faster" if change < -limit else "same"
+        verdict, change, noise = _verdict(a, b)
+        a, b = _pooled(old, relative=True), _pooled(new, relative=True)
+        if a is not None and b is not None:
+            beside, change, noise = _verdict(a, b)
+            verdict = verdict if verdict == beside else "same"
         found.append(Change(key, verdict, change, noise))
     return found
 

@@ -193,6 +193,8 @@ def test_noise_is_no_regression() -> None:
     # A machine that is slower altogether is no regression.
     slower_machine = _timed([2 * t for t in calm], [4.0] * 5)
     assert compare.changes([_timed(calm, base)], [slower_machine])[0].verdict == "same"
+    # Nor is a base that happened to be faster.
+    assert compare.changes([_timed(calm, base)], [_timed(calm, [1.0] * 5)])[0].verdict == "same"
     broken = Row(command="op", case="3x3", candidate="fused", status="REFUSED y: error")
     assert compare.changes([_timed(calm, base)], [broken])[0].verdict == "broken"
 
