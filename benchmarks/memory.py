@@ -9,6 +9,9 @@ image. The largest batch is what a budget leaves after weights, gradients, momen
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import os
 import resource
 import subprocess
 import sys
@@ -78,6 +81,8 @@ def step_once(model: str, candidate: str, batch: int, setting: Setting) -> int:
         torch.cuda.reset_peak_memory_stats()
         _one_step(function, x, labels, setting)
         return torch.cuda.max_memory_allocated() - before
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed is no part of what the step may reuse
     # Linux keeps the process's high-water mark; writing 5 sets it back to what is resident now.
     try:
         with open("/proc/self/clear_refs", "w") as file:
@@ -107,8 +112,10 @@ def _peak(model: str, candidate: str, batch: int, setting: Setting) -> int:
     command = [sys.executable, "-m", "benchmarks", "memory", "--model", model, "--batch", str(batch)]
     command += ["--dtype", setting.dtype, "--device", setting.device, "--threads", str(setting.threads)]
     command += ["--backend", setting.backend, "--child", candidate]
+    # glibc else keeps freed blocks of up to 32 MB: resident memory would follow its habits, not the step's needs.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     # A process over the machine's memory is killed; the row says so.
-    done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=results.ROOT, env=env, capture_output=True, text=True, timeout=900)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise RuntimeError(last)

@@ -310,6 +310,7 @@ def test_committed_pages_follow_from_the_committed_results() -> None:
 # --- the GPU command --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gpu_command_runs_keeps_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["gpu", "--device", "cpu", "--quick", "--threads", "1", "--results", str(tmp_path)]
     arguments += ["--only", f"correct {gpu.IMAGENET} bf16", "step 50 compile"]
