@@ -1,0 +1,173 @@
+"""What a user would pick instead, for whole networks: how to prepare it, and what is missing here.
+
+A peer prepares a plain network in its own best setting and returns a function of a batch of images. A peer whose
+package is not installed is listed as missing; one that raises is listed with its error.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .networks import CHANNELS_LAST
+from .options import Setting
+
+BASE = "eager channels_last"
+OURS = "fused"
+Function = Callable[[Tensor], Tensor]
+
+
+class Peer(NamedTuple):
+    """One way to run a network."""
+
+    name: str
+    prepare: Callable[[nn.Module, Tensor, Setting], Function]
+    schedule: str
+    memory_format: torch.memory_format = CHANNELS_LAST
+    package: str = ""
+    """The module to import; empty where PyTorch itself is enough."""
+
+
+def missing(peer: Peer) -> str | None:
+    """Why the peer cannot run here, or None."""
+    if peer.package and importlib.util.find_spec(peer.package) is None:
+        return f"missing: {peer.package} is not installed"
+    return None
+
+
+def _as_is(net: nn.Module, x: Tensor, setting: Setting) -> Function:
+    return net
+
+
+def _compiled(mode: str | None) -> Callable[[nn.Module, Tensor, Setting], Function]:
+    def prepare(net: nn.Module, x: Tensor, setting: Setting) -> Function:
+        function = torch.compile(net, dynamic=False, mode=mode)
+
+        def run(x: Tensor) -> Tensor:
+            # Tells CUDA graphs that the outputs of the step before are no longer read.
+            torch.compiler.cudagraph_mark_step_begin()
+            return function(x)
+
+        return run
+
+    return prepare
+
+
+def _frozen(net: nn.Module, x: Tensor, setting: Setting) -> Function:
+    """Inductor with the weights as constants: it folds BN into the convolution before it, and repacks weights."""
+    import torch._inductor.config as config
+
+    function = torch.compile(net, dynamic=False)
+
+    def run(x: Tensor) -> Tensor:
+        with config.patch(freezing=True), torch.no_grad():
+            return function(x)
+
+    return run
+
+
+def _onnx(net: nn.Module, x: Tensor, path: Path) -> None:
+    """The plain network in eval mode as an ONNX file, for the runtimes."""
+    net = net.to(memory_format=torch.contiguous_format)
+    x = x.contiguous()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
+        torch.onnx.export(net, (x,), str(path), input_names=["x"], dynamo=True, verbose=False)
+
+
+def _onnxruntime(net: nn.Module, x: Tensor, setting: Setting) -> Function:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = setting.threads
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        _onnx(net, x, path)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    return run
+
+
+def _openvino(net: nn.Module, x: Tensor, setting: Setting) -> Function:
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        _onnx(net, x, path)
+        model = openvino.Core().read_model(str(path))
+        # Without the hint OpenVINO computes float32 networks in bfloat16 where the CPU can: not the same work.
+        precision = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[setting.dtype]
+        hints = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": setting.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        compiled = openvino.Core().compile_model(model, "CPU", hints)
+    request = compiled.create_infer_request()
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(request.infer({0: x.numpy()}, share_inputs=True)[compiled.output(0)])
+
+    return run
+
+
+def _no_adapter(package: str) -> Callable[[nn.Module, Tensor, Setting], Function]:
+    def prepare(net: nn.Module, x: Tensor, setting: Setting) -> Any:
+        raise NotImplementedError(f"{package} is installed, but this suite has no adapter for it")
+
+    return prepare
+
+
+_EAGER = [
+    Peer(BASE, _as_is, "eager"),
+    Peer("eager nchw", _as_is, "eager", torch.contiguous_format),
+    Peer("compile", _compiled(None), "pointwise"),
+]
+_TUNED = Peer("max-autotune", _compiled("max-autotune"), "pointwise")
+_OURS = Peer(OURS, _as_is, "c1")
+
+
+def _gpu_only(*packages: tuple[str, str]) -> list[Peer]:
+    return [Peer(name, _no_adapter(package), "c1", package=package) for name, package in packages]
+
+
+def training(setting: Setting) -> list[Peer]:
+    """The peers of a training step that were asked for; the base is always among them."""
+    found = [*_EAGER, _OURS]
+    if setting.device == "cuda":
+        found += [_TUNED]
+        found += _gpu_only(
+            ("cuDNN frontend", "cudnn"),
+            ("FlagGems", "flag_gems"),
+            ("inplace_abn", "inplace_abn"),
+            ("apex", "apex"),
+        )
+    return [p for p in found if p.name == BASE or setting.wants(p.name)]
+
+
+def inference(setting: Setting) -> list[Peer]:
+    """The peers of inference that were asked for; the base is always among them."""
+    found = [*_EAGER, Peer("inductor frozen", _frozen, "pointwise"), _OURS]
+    if setting.device == "cuda":
+        found += [_TUNED, *_gpu_only(("cuDNN frontend", "cudnn"), ("FlagGems", "flag_gems"))]
+    else:
+        nchw = torch.contiguous_format
+        found += [
+            Peer("onnxruntime", _onnxruntime, "pointwise", nchw, "onnxruntime"),
+            Peer("openvino", _openvino, "pointwise", nchw, "openvino"),
+        ]
+    return [p for p in found if p.name == BASE or setting.wants(p.name)]
