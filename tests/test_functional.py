@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_preact
-from fused_preact import PreActBottleneck, models
+from fused_preact import PreActBottleneck, models, ops
 from fused_preact.functional import (
     BatchNorm,
     Convolution,
@@ -23,6 +23,12 @@ from fused_preact.functional import (
 
 BACKENDS = [
     pytest.param("reference", "cpu", id="reference"),
+    pytest.param(
+        "cpu",
+        "cpu",
+        id="compiled",
+        marks=pytest.mark.skipif(ops._cpu_missing is not None, reason=str(ops._cpu_missing)),
+    ),
     pytest.param("triton", "cpu", id="interpreter"),
     pytest.param("triton", "cuda", id="cuda", marks=pytest.mark.gpu),
 ]
@@ -152,8 +158,6 @@ def test_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_backend_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_preact import ops
-
     monkeypatch.setattr(ops, "_triton_missing", lambda: "the package triton is not installed")
     with pytest.raises(RuntimeError, match="triton is not installed"), fused_preact.backend("triton"):
         pass
@@ -177,8 +181,6 @@ def test_backward_keeps_the_backend_of_forward(
     backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Backward runs outside the ``with`` block, and on a GPU in another thread."""
-    from fused_preact import ops
-
     asked = []
     table = ops.table
     monkeypatch.setattr(ops, "table", lambda name: asked.append(name) or table(name))

@@ -11,10 +11,16 @@ from helpers import assert_within_policy, interpreting
 from torch import Tensor, nn
 
 import fused_preact
-from fused_preact import PreActBasicBlock, PreActBottleneck, PreActConv2d, PreActSequential
+from fused_preact import PreActBasicBlock, PreActBottleneck, PreActConv2d, PreActSequential, ops
 
 BACKENDS = [
     pytest.param("reference", "cpu", id="reference"),
+    pytest.param(
+        "cpu",
+        "cpu",
+        id="compiled",
+        marks=pytest.mark.skipif(ops._cpu_missing is not None, reason=str(ops._cpu_missing)),
+    ),
     pytest.param("triton", "cpu", id="interpreter"),
     pytest.param("triton", "cuda", id="cuda", marks=pytest.mark.gpu),
 ]
@@ -148,8 +154,6 @@ def test_one_frozen_batch_norm(backend: str, device: str) -> None:
 
 def test_statistics_are_handed_on(backend: str, device: str) -> None:
     """A row of units computes the statistics of its input once; the others come from epilogues."""
-    from fused_preact import ops
-
     row = PreActSequential(PreActBasicBlock(6, 6), PreActBasicBlock(6, 9, 2), PreActBottleneck(9, 12))
     calls = []
     table = ops.table(backend)
@@ -248,8 +252,6 @@ def test_needs_input_grad(backend: str, device: str, frozen: str) -> None:
 
 def test_nothing_frozen_runs_no_kernel(backend: str, device: str) -> None:
     """With only the last convolution trainable, backward is one wgrad."""
-    from fused_preact import ops
-
     unit = PreActBottleneck(8, 8).to(device).requires_grad_(False)
     unit.conv3.weight.requires_grad_(True)
     calls = []
