@@ -4,11 +4,22 @@
 
 namespace fused_preact {
 
+namespace {
+constexpr int64_t kDepthOfACall = 512;
+}
+
+
 void gemm(
     int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
     int64_t ldc, bool add) {
 #ifdef CPUBLAS_BRGEMM_F32F32F32
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/false);
+  // One call sums its k terms one after the other in float and adds C at the end. Deep reductions go in parts, so
+  // that the rounding of 1,000 and more channels stays near that of the library's convolutions.
+  for (int64_t first = 0; first < k; first += kDepthOfACall) {
+    const int64_t depth = std::min(kDepthOfACall, k - first);
+    at::native::cpublas::brgemm(
+        m, n, depth, lda, ldb, ldc, add || first > 0, a + first, b + first * ldb, c, /*is_vnni=*/false);
+  }
 #else
   // Column-major BLAS computes the transpose of everything.
   constexpr auto plain = at::native::TransposeType::NoTranspose;
