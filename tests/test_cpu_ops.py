@@ -141,7 +141,7 @@ def compare(name, got, same, exact, ulps=4, scale=0.0):
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (same dtype {bound:.3g})"
 
 
-# --- the ten ops ----------------------------------------------------------------------------------------
+# --- the nine ops ----------------------------------------------------------------------------------------
 
 
 @dtypes
