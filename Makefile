@@ -34,14 +34,14 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 train: $(STAMP) ## train ResNet-20-v2 on the handwritten digits, fused beside plain
 	$(BIN)/python -m fused_preact.train --compare $(ARGS)
 
-# Two processes of pytest: Triton's interpreter has to be on before the kernels are imported and off on a GPU.
-# One thread for each worker; loadgroup keeps tests that share a costly fixture in one. Exit status 5 is "no test
-# has the marker".
+# Two processes of pytest: Triton's interpreter has to be on before the kernels are imported and off on a GPU. The
+# GPU's come first, so that the last line is the summary of tests that ran. Exit status 5 is "no test has the
+# marker". One thread for each worker; loadgroup keeps tests that share a costly fixture in one.
 test: lint types ## lint, types, then all tests; those that need a GPU are skipped without one
+	PATH="$(CURDIR)/$(BIN):$$PATH" \
+		$(BIN)/python -m pytest -m gpu -q -rN --benchmark-disable $(ARGS) || [ $$? -eq 5 ]
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS) --dist loadgroup --benchmark-disable --durations=10 $(ARGS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" \
-		$(BIN)/python -m pytest -m gpu --benchmark-disable $(ARGS) || [ $$? -eq 5 ]
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check

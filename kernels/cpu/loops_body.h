@@ -473,38 +473,39 @@ template <int B, bool TAIL, typename T>
 FP_INLINE void pool_reduce_block(
     int64_t c, int64_t n, const T* dy, const T* x, int64_t rows, int64_t channels, Affine bn, const float* mean,
     float* sum_g, float* sum_gx) {
-  vf scale[B], shift[B], mu[B], spread[B], s[B], sx[B];
+  // g is one value, dy / rows, wherever z > 0: its sum is a count, which a float holds exactly, times that value.
+  vf scale[B], shift[B], mu[B], count[B], sx[B];
   for (int b = 0; b < B; b++) {
     const int64_t at = c + 16 * b;
     scale[b] = get<TAIL>(bn.scale + at, n);
     shift[b] = get<TAIL>(bn.shift + at, n);
     mu[b] = get<TAIL>(mean + at, n);
-    spread[b] = get<TAIL>(dy + at, n) / (float)rows;
-    s[b] = sx[b] = vf{};
+    count[b] = sx[b] = vf{};
   }
   for (int64_t begin = 0; begin < rows; begin += kSumRows) {
     const int64_t end = begin + kSumRows < rows ? begin + kSumRows : rows;
-    vf part_s[B], part_sx[B];
+    vf part[B];
     for (int b = 0; b < B; b++) {
-      part_s[b] = part_sx[b] = vf{};
+      part[b] = vf{};
     }
     for (int64_t r = begin; r < end; r++) {
       for (int b = 0; b < B; b++) {
         const vf value = get<TAIL>(x + r * channels + c + 16 * b, n);
-        const vf g = scale[b] * value + shift[b] <= 0.0f ? vf{} : spread[b];
-        part_s[b] += g;
-        part_sx[b] += g * (value - mu[b]);
+        const auto off = scale[b] * value + shift[b] <= 0.0f;
+        count[b] += off ? vf{} : vf{} + 1.0f;
+        part[b] += off ? vf{} : value - mu[b];
       }
     }
     for (int b = 0; b < B; b++) {
-      s[b] += part_s[b];
-      sx[b] += part_sx[b];
+      sx[b] += part[b];
     }
   }
   for (int b = 0; b < B; b++) {
     const int64_t at = c + 16 * b;
-    put<TAIL>(sum_g + at, get<TAIL>(sum_g + at, n) + s[b], n);
-    put<TAIL>(sum_gx + at, get<TAIL>(sum_gx + at, n) + sx[b], n);
+    const vf g = get<TAIL>(dy + at, n) / (float)rows;
+    const auto none = count[b] == 0.0f; // then no g was NaN either
+    put<TAIL>(sum_g + at, get<TAIL>(sum_g + at, n) + (none ? vf{} : count[b] * g), n);
+    put<TAIL>(sum_gx + at, get<TAIL>(sum_gx + at, n) + (none ? vf{} : sx[b] * g), n);
   }
 }
 
