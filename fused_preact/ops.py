@@ -40,6 +40,9 @@ _SCHEMAS = {
     "conv_dgrad": "(Tensor dy, Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? da,"
     f" {_CONV}) -> (Tensor, Tensor, Tensor)",
     "conv_wgrad": f"(Tensor dy, Tensor x, Tensor scale, Tensor shift, Tensor weight, {_CONV}) -> Tensor",
+    "conv_backward": "(Tensor dy, Tensor[] pending, Tensor weight, Tensor x, Tensor[] bn, Tensor? da,"
+    f" Tensor? residual_grad, {_CONV}, bool training, bool apply, bool weight_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     "bn_backward_apply": "(Tensor g, Tensor x, Tensor mean, Tensor scale, Tensor rstd, Tensor sum_g,"
     " Tensor sum_gx, bool training, Tensor? residual_grad) -> Tensor",
     "bn_relu_avg_pool": "(Tensor x, Tensor scale, Tensor shift) -> Tensor",
@@ -104,6 +107,13 @@ def _fake_conv_wgrad(
     return torch.empty_like(weight)
 
 
+def _fake_conv_backward(
+    dy: Tensor, pending: list[Tensor], weight: Tensor, x: Tensor, bn: list[Tensor], *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dweight = torch.empty_like(weight) if args[-1] else weight.new_empty(0)
+    return _empty_like(x, tuple(x.shape)), _vector(x, x.shape[1]), _vector(x, x.shape[1]), dweight
+
+
 def _fake_bn_backward_apply(g: Tensor, x: Tensor, *args: Any) -> Tensor:
     return _empty_like(x, tuple(x.shape))
 
@@ -151,7 +161,7 @@ def _warn_without_triton() -> None:
 
 
 # Position of ``groups`` among the arguments: grouped convolutions take the library's path.
-_GROUPS = {"conv_fprop": 9, "conv_dgrad": 10, "conv_wgrad": 8}
+_GROUPS = {"conv_fprop": 9, "conv_dgrad": 10, "conv_wgrad": 8, "conv_backward": 10}
 
 
 def _beyond_triton(name: str, args: tuple[Any, ...]) -> bool:
@@ -332,7 +342,7 @@ def serving_backend(x: Tensor) -> str:
 
 
 def table(requested: str) -> Any:
-    """The nine operations of the requested backend, as an object with one function each."""
+    """The operations of the requested backend, as an object with one function each."""
     if requested == "reference":
         return reference
     if requested == "triton" and not torch.compiler.is_compiling():

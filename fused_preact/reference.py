@@ -1,6 +1,6 @@
 """The operations in plain PyTorch: what every kernel is checked against, and what serves where none is.
 
-A *site* is BN -> ReLU -> convolution. Its forward and its closed-form backward are made of the nine
+A *site* is BN -> ReLU -> convolution. Its forward and its closed-form backward are made of the ten
 functions below, each with the signature of the op of the same name in :mod:`fused_preact.ops` and of the
 launcher of the same name in ``fused_preact.kernels.triton``. :mod:`fused_preact.schedule` chains them into
 a whole residual unit. All of them take any floating dtype; float64 makes them the oracle.
@@ -34,6 +34,7 @@ __all__ = [
     "bn_relu_avg_pool_reduce",
     "bn_scale_shift",
     "bn_stats",
+    "conv_backward",
     "conv_dgrad",
     "conv_fprop",
     "conv_output_size",
@@ -223,6 +224,42 @@ def bn_backward_apply(
     if residual_grad is not None:
         dx = dx + residual_grad.to(scale.dtype)
     return dx.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+
+
+def conv_backward(
+    dy: Tensor,
+    pending: Sequence[Tensor],
+    weight: Tensor,
+    x: Tensor,
+    bn: Sequence[Tensor],
+    da: Tensor | None,
+    residual_grad: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    training: bool,
+    apply: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward of a site: g (with ``apply`` dx instead), sum g, sum g (x - mu), dW.
+
+    ``bn`` is scale, shift, mean and rstd of the site's BN. ``dy`` is the gradient of the convolution's output y, or,
+    with ``pending``, the g of the BN behind it: y and that BN's mean, scale, rstd, sum g and sum g (y - mu), the two
+    sums only if it normalised with the statistics of the batch; see :func:`bn_backward_apply`. ``da`` is as in
+    :func:`conv_dgrad`. ``training`` and ``residual_grad`` serve ``apply``; without ``weight_grad`` dW has no elements.
+    """
+    scale, shift, mean, rstd = bn
+    conv = (stride, padding, dilation, groups)
+    if pending:
+        y, y_mean, y_scale, y_rstd, *sums = pending
+        sum_dy, sum_dy_y = sums or (y_mean, y_mean)  # not read without the statistics of the batch
+        dy = bn_backward_apply(dy, y, y_mean, y_scale, y_rstd, sum_dy, sum_dy_y, bool(sums), None)
+    dweight = conv_wgrad(dy, x, scale, shift, weight, *conv) if weight_grad else weight.new_empty(0)
+    grad, sum_g, sum_gx = conv_dgrad(dy, weight, x, scale, shift, mean, da, *conv)
+    if apply:
+        grad = bn_backward_apply(grad, x, mean, scale, rstd, sum_g, sum_gx, training, residual_grad)
+    return grad, sum_g, sum_gx, dweight
 
 
 def bn_relu_avg_pool(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """The schedule of a site and of a whole residual unit over any backend's operations.
 
-A backend is anything with the nine functions of :mod:`fused_preact.reference`; the forward and the
-closed-form backward below chain them. With ``reference`` as the backend they are the reference of a unit.
+A backend is anything with the functions of :mod:`fused_preact.reference`; the forward and the closed-form
+backward below chain them. With ``reference`` as the backend they are the reference of a unit.
 
-Schedule "c1": each convolution's epilogue reduces the statistics of what it stores for the next BN, the
-identity is added in the last epilogue, and in backward one pass per site applies the BN gradient and adds
-the identity's gradient. Kept between forward and backward are ``x``, the raw convolution outputs inside the
+Schedule "c2": each convolution's epilogue reduces the statistics of what it stores for the next BN and the
+identity is added in the last epilogue. In backward there is one operation per site; what it hands to the site
+before it is the masked g, and that site applies the BN gradient on load. Only at the unit's input is the BN
+gradient applied and stored, with the identity's gradient added. Kept between forward and backward are ``x``, the raw convolution outputs inside the
 unit, per-channel vectors and the parameters; nothing else has the size of an activation.
 """
 
@@ -164,32 +165,55 @@ def unit_backward(
         )
 
     grad = dy
+    pending: list[Tensor] = []
     for index in reversed(range(len(sites))):
         site, tensors, s = unit.sites[index], sites[index], saved[index]
         need_gamma, need_beta, need_weight, need_bias = needs.sites[index]
-        if need_weight:
-            grads[index][2] = k.conv_wgrad(grad, s.x, s.scale, s.shift, tensors.weight, *site.conv)
+        need_input = needs.x or any(any(flags) for flags in needs.sites[:index])
+        need_g = need_gamma or need_beta or need_input
+        if pending and (need_bias or not need_g):
+            grad, pending = _applied(k, grad, pending), []
         if need_bias:
             grads[index][3] = grad.sum((0, 2, 3))
-
-        need_input = needs.x or any(any(flags) for flags in needs.sites[:index])
-        if not (need_gamma or need_beta or need_input):
+        if not need_g:
+            if need_weight:
+                grads[index][2] = k.conv_wgrad(grad, s.x, s.scale, s.shift, tensors.weight, *site.conv)
             break
+
         da = None
         if index == 0 and projection is not None and unit.projection is not None:
             # Two users of one activation: their gradients meet before the ReLU's mask.
             da, _, _ = k.conv_dgrad(dy, projection[0], s.x, None, None, None, None, *unit.projection)
-        g, sum_g, sum_gx = k.conv_dgrad(grad, tensors.weight, s.x, s.scale, s.shift, s.mean, da, *site.conv)
+        apply = index == 0 and need_input
+        grad, sum_g, sum_gx, dweight = k.conv_backward(
+            grad,
+            pending,
+            tensors.weight,
+            s.x,
+            [s.scale, s.shift, s.mean, s.rstd],
+            da,
+            dy if apply and unit.identity else None,
+            *site.conv,
+            site.batch_stats,
+            apply,
+            need_weight,
+        )
+        if need_weight:
+            grads[index][2] = dweight
         if need_gamma and tensors.gamma is not None:
             grads[index][0] = (s.rstd * sum_gx).to(tensors.gamma.dtype)
         if need_beta and tensors.beta is not None:
             grads[index][1] = sum_g.to(tensors.beta.dtype)
         if not need_input:
             break
-        identity_grad = dy if index == 0 and unit.identity else None
-        grad = k.bn_backward_apply(
-            g, s.x, s.mean, s.scale, s.rstd, sum_g, sum_gx, site.batch_stats, identity_grad
-        )
-        if index == 0:
+        pending = [s.x, s.mean, s.scale, s.rstd, *([sum_g, sum_gx] if site.batch_stats else [])]
+        if apply:
             dx = grad
     return UnitGrads(dx, grads, dprojection)
+
+
+def _applied(k: Any, g: Tensor, pending: list[Tensor]) -> Tensor:
+    """The gradient that ``g`` and ``pending`` (see :func:`reference.conv_backward`) stand for."""
+    x, mean, scale, rstd, *sums = pending
+    sum_g, sum_gx = sums or (mean, mean)
+    return k.bn_backward_apply(g, x, mean, scale, rstd, sum_g, sum_gx, bool(sums), None)

@@ -120,7 +120,7 @@ class Case:
 
 
 def widen(args):
-    return [a.double() if isinstance(a, Tensor) else a for a in args]
+    return [a.double() if isinstance(a, Tensor) else widen(a) if isinstance(a, list) else a for a in args]
 
 
 def check(op, names, args, terms=None):

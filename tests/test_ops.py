@@ -27,6 +27,8 @@ def samples(
     gamma = torch.randn(5, device=device)
     pooled = torch.randn(2, 5, device=device).to(dtype)
     sums = (s.mean + 1, s.mean - 1)
+    bn = [*vectors, s.mean, s.rstd]
+    behind = [s.residual, *(torch.rand(4, device=device) for _ in range(5))]
     return {
         "bn_stats": [(s.x,)],
         "bn_scale_shift": [(s.mean, s.rstd, gamma, s.scale + 1, 1e-5), (s.mean, s.rstd, None, None, 1e-3)],
@@ -39,6 +41,11 @@ def samples(
             (s.dy, s.weight, s.x, None, None, None, None, *s.constants),
         ],
         "conv_wgrad": [(s.dy, s.x, *vectors, s.weight, *s.constants)],
+        "conv_backward": [
+            (s.dy, [], s.weight, s.x, bn, s.da, s.da + 1, *s.constants, True, True, True),
+            (s.dy, behind, s.weight, s.x, bn, None, None, *s.constants, True, False, True),
+            (s.dy, behind[:4], s.weight, s.x, bn, None, None, *s.constants, False, True, False),
+        ],
         "bn_backward_apply": [
             (s.da, s.x, s.mean, s.scale, s.rstd, *sums, True, s.da + 1),
             (s.da, s.x, s.mean, s.scale, s.rstd, *sums, False, None),

@@ -171,7 +171,8 @@ def test_statistics_are_handed_on(backend: str, device: str) -> None:
         row.to(device)(torch.randn(2, 6, 5, 5, device=device, requires_grad=True)).sum().backward()
     assert calls.count("bn_stats") == 1
     assert calls.count("conv_fprop") == 2 + 3 + 4, "the 7 sites and the 2 projections"
-    assert calls.count("bn_backward_apply") == 7
+    assert calls.count("conv_backward") == 7
+    assert calls.count("bn_backward_apply") == 0, "applied on load, or at a unit's input by conv_backward"
     compare(lambda: copy.deepcopy(row).cpu(), torch.randn(2, 6, 5, 5).to(device), backend)
 
 

@@ -22,20 +22,11 @@ Coefficients::Coefficients(
   }
 }
 
-Tensor bn_backward_apply(
-    const Tensor& g_, const Tensor& x_, const Tensor& mean_, const Tensor& scale, const Tensor& rstd,
-    const Tensor& sum_g, const Tensor& sum_gx, bool training, const OptionalTensor& residual_grad) {
-  const auto dtype = x_.scalar_type();
-  if (!served(x_) || g_.scalar_type() != dtype ||
-      (residual_grad.has_value() && residual_grad->scalar_type() != dtype)) {
-    return call_reference<decltype(bn_backward_apply)>(
-        "fused_preact::bn_backward_apply", g_, x_, mean_, scale, rstd, sum_g, sum_gx, training, residual_grad);
-  }
-  const Tensor g = nhwc(g_), x = nhwc(x_), mean = floats(mean_), dx = empty_nhwc(x.sizes(), x);
-  const OptionalTensor residual = nhwc(residual_grad);
+void apply_into(
+    const Tensor& g, const Tensor& x, const Tensor& mean, const Coefficients& k, const OptionalTensor& residual,
+    const Tensor& dx) {
   const int64_t channels = x.size(1), pixels = x.numel() / channels;
-  const Coefficients k(scale, rstd, sum_g, sum_gx, pixels, training);
-  FUSED_PREACT_DISPATCH(dtype, "bn_backward_apply", [&] {
+  FUSED_PREACT_DISPATCH(x.scalar_type(), "bn_backward_apply", [&] {
     const scalar_t *from = g.const_data_ptr<scalar_t>(), *raw = x.const_data_ptr<scalar_t>();
     const scalar_t* identity = data<scalar_t>(residual);
     scalar_t* to = dx.mutable_data_ptr<scalar_t>();
@@ -46,6 +37,20 @@ Tensor bn_backward_apply(
           k.c(), pointer(mean), to + at);
     });
   });
+}
+
+Tensor bn_backward_apply(
+    const Tensor& g_, const Tensor& x_, const Tensor& mean_, const Tensor& scale, const Tensor& rstd,
+    const Tensor& sum_g, const Tensor& sum_gx, bool training, const OptionalTensor& residual_grad) {
+  const auto dtype = x_.scalar_type();
+  if (!served(x_) || g_.scalar_type() != dtype ||
+      (residual_grad.has_value() && residual_grad->scalar_type() != dtype)) {
+    return call_reference<decltype(bn_backward_apply)>(
+        "fused_preact::bn_backward_apply", g_, x_, mean_, scale, rstd, sum_g, sum_gx, training, residual_grad);
+  }
+  const Tensor g = nhwc(g_), x = nhwc(x_), dx = empty_nhwc(x.sizes(), x);
+  const Coefficients k(scale, rstd, sum_g, sum_gx, x.numel() / x.size(1), training);
+  apply_into(g, x, floats(mean_), k, nhwc(residual_grad), dx);
   return like_input(dx, x_);
 }
 

@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor> bn_relu_avg_pool_reduce(
         loops<scalar_t>().pool_reduce(
             grad + i * channels, from + i * pixels * channels, pixels, channels, {pointer(scale), pointer(shift)},
             pointer(mean), sums, sums + size);
-        sum_g.add(part, sums);
-        sum_gx.add(part, sums + size);
+        sum_g.add(part, sums, 0, channels);
+        sum_gx.add(part, sums + size, 0, channels);
       }
     });
   });

@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x_) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t first = i * tile_rows, rows = std::min(tile_rows, pixels - first);
         loops<scalar_t>().moments(values + first * channels, channels, rows, channels, tile);
-        total.merge(part, rows, tile);
+        total.merge(part, rows, tile, 0, channels);
       }
     });
   });

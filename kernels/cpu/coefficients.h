@@ -23,4 +23,9 @@ struct Coefficients {
   }
 };
 
+// dx = a g + b (x - mean) + c + residual; all channels_last and of one dtype, dx may be g.
+void apply_into(
+    const Tensor& g, const Tensor& x, const Tensor& mean, const Coefficients& k, const OptionalTensor& residual,
+    const Tensor& dx);
+
 } // namespace fused_preact

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -46,29 +47,30 @@ PartMoments::PartMoments(int64_t parts, int64_t channels)
     : channels_(channels),
       mean_(at::zeros({parts, channels}, at::kDouble)),
       m2_(at::zeros({parts, channels}, at::kDouble)),
-      count_(at::zeros({parts}, at::kDouble)) {}
+      count_(at::zeros({parts, channels}, at::kDouble)) {}
 
-void PartMoments::merge(int64_t part, int64_t rows, Moments tile) {
-  double& count = count_.data_ptr<double>()[part];
+void PartMoments::merge(int64_t part, int64_t rows, Moments tile, int64_t first, int64_t channels) {
+  const int64_t at = part * channels_ + first;
+  double* counts = count_.data_ptr<double>() + at;
   common_loops().merge(
-      count, mean_.data_ptr<double>() + part * channels_, m2_.data_ptr<double>() + part * channels_,
-      static_cast<double>(rows), tile, channels_);
-  count += static_cast<double>(rows);
+      counts[0], mean_.data_ptr<double>() + at, m2_.data_ptr<double>() + at, static_cast<double>(rows), tile, channels);
+  std::fill(counts, counts + channels, counts[0] + static_cast<double>(rows));
 }
 
 std::tuple<Tensor, Tensor> PartMoments::finish() {
   Tensor mean = at::empty({channels_}, at::kFloat), var = at::empty({channels_}, at::kFloat);
-  const int64_t parts = count_.numel();
+  const int64_t parts = count_.size(0);
   const double *means = mean_.data_ptr<double>(), *m2s = m2_.data_ptr<double>(), *counts = count_.data_ptr<double>();
   for (int64_t c = 0; c < channels_; c++) {
     double count = 0, mu = 0, m2 = 0;
     for (int64_t part = 0; part < parts; part++) {
-      if (counts[part] == 0) {
+      const int64_t at = part * channels_ + c;
+      if (counts[at] == 0) {
         continue;
       }
-      const double total = count + counts[part], delta = means[part * channels_ + c] - mu;
-      mu += delta * (counts[part] / total);
-      m2 += m2s[part * channels_ + c] + delta * delta * (count * counts[part] / total);
+      const double total = count + counts[at], delta = means[at] - mu;
+      mu += delta * (counts[at] / total);
+      m2 += m2s[at] + delta * delta * (count * counts[at] / total);
       count = total;
     }
     mean.data_ptr<float>()[c] = static_cast<float>(mu);
@@ -80,8 +82,8 @@ std::tuple<Tensor, Tensor> PartMoments::finish() {
 PartSums::PartSums(int64_t parts, int64_t channels)
     : channels_(channels), total_(at::zeros({parts, channels}, at::kDouble)) {}
 
-void PartSums::add(int64_t part, const float* tile) {
-  common_loops().add(total_.data_ptr<double>() + part * channels_, tile, channels_);
+void PartSums::add(int64_t part, const float* tile, int64_t first, int64_t channels) {
+  common_loops().add(total_.data_ptr<double>() + part * channels_ + first, tile, channels);
 }
 
 Tensor PartSums::finish() {

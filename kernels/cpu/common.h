@@ -122,11 +122,13 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Running statistics of the parts of a tensor, merged by Chan's formula in a fixed order.
+// Running statistics of the parts of a tensor, merged by Chan's formula in a fixed order. Channels may come in
+// blocks, merged by different threads.
 class PartMoments {
  public:
   PartMoments(int64_t parts, int64_t channels);
-  void merge(int64_t part, int64_t rows, Moments tile);
+  // Channels [first, first + channels); `tile` starts at the first.
+  void merge(int64_t part, int64_t rows, Moments tile, int64_t first, int64_t channels);
   std::tuple<Tensor, Tensor> finish(); // mean and biased variance
 
  private:
@@ -138,7 +140,8 @@ class PartMoments {
 class PartSums {
  public:
   PartSums(int64_t parts, int64_t channels);
-  void add(int64_t part, const float* tile);
+  // Channels [first, first + channels); `tile` starts at the first.
+  void add(int64_t part, const float* tile, int64_t first, int64_t channels);
   Tensor finish();
 
  private:

@@ -1,51 +1,9 @@
 // conv_dgrad: g = (dgrad(dy, W) + da) [z > 0], sum g and sum g (x - mean).
+#include "dgrad_epilogue.h"
 #include "ops.h"
 #include "split.h"
-#include "tile_gemm.h"
 
 namespace fused_preact {
-
-namespace {
-
-template <typename T>
-struct DgradEpilogue {
-  const T* x;
-  const T* da;
-  T* g;
-  int64_t channels;
-  Affine bn; // scale null: no mask, no sums
-  const float* mean;
-  PartSums *total_g, *total_gx;
-  float *sum_g = nullptr, *sum_gx = nullptr;
-
-  void begin(float* scratch) {
-    const int64_t size = round_up(channels, kLanes);
-    sum_g = scratch;
-    sum_gx = scratch + size;
-    std::memset(scratch, 0, 2 * size * sizeof(float));
-  }
-
-  void panel(const TilePanel& panel, const std::vector<Run>& runs) const {
-    const int64_t c = panel.column;
-    const Affine affine{bn.scale == nullptr ? nullptr : bn.scale + c, bn.scale == nullptr ? nullptr : bn.shift + c};
-    for (const Run& run : runs) {
-      const int64_t at = run.dst_pixel * channels + c;
-      loops<T>().dgrad_epilogue(
-          panel.acc == nullptr ? nullptr : panel.acc + run.row * panel.acc_stride, panel.acc_stride, run.count,
-          panel.channels, x + at, da == nullptr ? nullptr : da + at, g + at, run.dst_step * channels, affine,
-          mean == nullptr ? nullptr : mean + c, sum_g + c, sum_gx + c);
-    }
-  }
-
-  void end(int64_t part, int64_t /*rows*/) const {
-    if (bn.scale != nullptr) {
-      total_g->add(part, sum_g);
-      total_gx->add(part, sum_gx);
-    }
-  }
-};
-
-} // namespace
 
 std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
     const Tensor& dy_, const Tensor& weight, const Tensor& x_, const OptionalTensor& scale_,
@@ -76,14 +34,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
   for (const Grid& grid : shape.backward_grids()) {
     const PackedWeights packed = pack_backward(weight, grid);
     const Tiling tiling(grid, packed.depth, packed.columns);
+    const Tasks tasks(packed, tiling, shape.n * shape.oh * shape.ow * packed.depth, 1);
     FUSED_PREACT_DISPATCH(dtype, "conv_dgrad", [&] {
-      const Source<scalar_t> source{dy.const_data_ptr<scalar_t>(), shape.k, {nullptr, nullptr}};
+      const Source<scalar_t> source{dy.const_data_ptr<scalar_t>(), shape.k};
       const DgradEpilogue<scalar_t> epilogue{
           x.const_data_ptr<scalar_t>(), data<scalar_t>(da), g.mutable_data_ptr<scalar_t>(), shape.c,
           masked ? Affine{pointer(scale), pointer(shift)} : Affine{nullptr, nullptr},
           masked ? pointer(mean) : nullptr, masked ? &*sum_g : nullptr, masked ? &*sum_gx : nullptr};
-      run_tiles(
-          grid, source, packed, tiling, Parts(tiling.tiles), 2 * round_up(shape.c, kLanes), epilogue);
+      run_tiles(grid, source, packed, tiling, tasks, 2 * round_up(shape.c, kLanes), epilogue);
     });
   }
   const Tensor out = like_input(g, x_);

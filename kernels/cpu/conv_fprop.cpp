@@ -9,23 +9,30 @@ namespace {
 
 template <typename T>
 struct FpropEpilogue {
+  static constexpr bool kSecondProduct = false;
   const float* bias;
   const T* residual;
   T* y;
   int64_t channels;
   PartMoments* statistics; // null: none
   Moments tile{};
+  int64_t range = 0, first = 0, columns = 0;
 
-  void begin(float* scratch) {
+  void begin(float* scratch, int64_t range_, int64_t first_, int64_t columns_) {
+    range = range_;
+    first = first_;
+    columns = columns_;
     if (statistics != nullptr) {
-      const int64_t size = round_up(channels, kLanes);
+      const int64_t size = round_up(columns, kLanes);
       tile = {scratch, scratch + size, scratch + 2 * size};
     }
   }
 
   void panel(const TilePanel& panel, const std::vector<Run>& runs) const {
     const int64_t c = panel.column;
-    const Moments moments = statistics == nullptr ? Moments{} : Moments{tile.pivot + c, tile.s + c, tile.q + c};
+    const int64_t at_tile = c - first;
+    const Moments moments =
+        statistics == nullptr ? Moments{} : Moments{tile.pivot + at_tile, tile.s + at_tile, tile.q + at_tile};
     for (const Run& run : runs) {
       const int64_t at = run.dst_pixel * channels + c;
       loops<T>().fprop_epilogue(
@@ -35,9 +42,9 @@ struct FpropEpilogue {
     }
   }
 
-  void end(int64_t part, int64_t rows) const {
+  void end(int64_t rows) const {
     if (statistics != nullptr) {
-      statistics->merge(part, rows, tile);
+      statistics->merge(range, rows, tile, first, columns);
     }
   }
 };
@@ -65,18 +72,18 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   const Grid grid = shape.forward_grid();
   const PackedWeights packed = pack_forward(weight);
   const Tiling tiling(grid, packed.depth, packed.columns);
-  const Parts parts(tiling.tiles);
+  const Tasks tasks(packed, tiling, shape.n * shape.h * shape.w * packed.depth, 1);
   const Tensor y = empty_nhwc({shape.n, shape.k, shape.oh, shape.ow}, x);
   std::optional<PartMoments> statistics;
   if (stats) {
-    statistics.emplace(parts.parts, shape.k);
+    statistics.emplace(tasks.ranges, shape.k);
   }
   FUSED_PREACT_DISPATCH(x.scalar_type(), "conv_fprop", [&] {
     const Source<scalar_t> source{x.const_data_ptr<scalar_t>(), shape.c, {pointer(scale), pointer(shift)}};
     const FpropEpilogue<scalar_t> epilogue{
         bias.defined() ? pointer(bias) : nullptr, data<scalar_t>(residual), y.mutable_data_ptr<scalar_t>(),
         shape.k, stats ? &*statistics : nullptr};
-    run_tiles(grid, source, packed, tiling, parts, 3 * round_up(shape.k, kLanes), epilogue);
+    run_tiles(grid, source, packed, tiling, tasks, 3 * round_up(shape.k, kLanes), epilogue);
   });
   const Tensor out = like_input(y, x_);
   if (!stats) {

@@ -143,7 +143,7 @@ void accumulate_band(
         for (int64_t row = 0; row < count; row++) {
           const int64_t pixel = (image * grid.h + i + row) * grid.w;
           float* to = rows + row * band_width * k_width;
-          loops<T>().activate(dy.data + pixel * dy.channels, dy.channels, grid.w, dy.channels, dy.bn, to, k_width);
+          dy.load(pixel, 1, grid.w, 0, dy.channels, to, k_width);
           std::memset(to + grid.w * k_width, 0, (band_width - grid.w) * k_width * sizeof(float));
         }
         const int64_t depth_m = (count - 1) * band_width + grid.w;
@@ -203,7 +203,7 @@ Tensor conv_wgrad(
       (tiling.window_w - 1) * shape.k < 11 * grid.w;
   FUSED_PREACT_DISPATCH(dtype, "conv_wgrad", [&] {
     const Source<scalar_t> a{x.const_data_ptr<scalar_t>(), shape.c, {pointer(scale), pointer(shift)}};
-    const Source<scalar_t> b{dy.const_data_ptr<scalar_t>(), shape.k, {nullptr, nullptr}};
+    const Source<scalar_t> b{dy.const_data_ptr<scalar_t>(), shape.k};
     if (band) {
       accumulate_band(plan, b, a, grid, tiling, acc);
     } else if (swapped) {

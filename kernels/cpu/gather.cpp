@@ -70,14 +70,9 @@ template <typename T>
 void gather_tap(
     const Source<T>& source, const Grid& grid, const Tap& tap, int64_t begin, int64_t end, int64_t c_begin,
     int64_t c_end, float* out, int64_t out_stride) {
-  const auto activate = loops<T>().activate;
   const int64_t channels = c_end - c_begin, columns = round_up(channels, kLanes);
-  const Affine bn{
-      source.bn.scale == nullptr ? nullptr : source.bn.scale + c_begin,
-      source.bn.shift == nullptr ? nullptr : source.bn.shift + c_begin};
-  const T* data = source.data + c_begin;
   if (grid.pointwise()) {
-    activate(data + begin * source.channels, source.channels, end - begin, channels, bn, out, out_stride);
+    source.load(begin, 1, end - begin, c_begin, channels, out, out_stride);
     return;
   }
   // The pixels j of a row whose source column j * stride + dw lies inside the source.
@@ -95,9 +90,7 @@ void gather_tap(
     zero_rows(out, lo, columns, out_stride);
     if (hi > lo) {
       const int64_t pixel = (row / grid.h * grid.src_h + src_row) * grid.src_w + (j + lo) * step + tap.dw;
-      activate(
-          data + pixel * source.channels, step * source.channels, hi - lo, channels, bn, out + lo * out_stride,
-          out_stride);
+      source.load(pixel, step, hi - lo, c_begin, channels, out + lo * out_stride, out_stride);
     }
     zero_rows(out + hi * out_stride, count - hi, columns, out_stride);
     out += count * out_stride;

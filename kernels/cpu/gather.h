@@ -62,12 +62,31 @@ struct Run {
 // The runs of pixels [begin, end) of the grid.
 void list_runs(const Grid& grid, int64_t begin, int64_t end, std::vector<Run>& runs);
 
-// An NHWC tensor and the prologue to be applied on load (bn.scale null: none).
+// An NHWC tensor and the prologue to be applied on load: of a BN and its ReLU (bn.scale null: none), or of a BN's
+// backward (pending.y null: none).
 template <typename T>
 struct Source {
   const T* data;
   int64_t channels;
-  Affine bn;
+  Affine bn{};
+  Pending<T> pending{};
+
+  bool as_stored() const {
+    return bn.scale == nullptr && pending.y == nullptr;
+  }
+
+  // Channels [c, c + count) of `rows` pixels that lie `step` apart, padded with zeros to a multiple of kLanes.
+  void load(
+      int64_t pixel, int64_t step, int64_t rows, int64_t c, int64_t count, float* out, int64_t out_stride) const {
+    const int64_t at = pixel * channels + c, stride = step * channels;
+    if (pending.y != nullptr) {
+      const Pending<T> part{pending.y + at, pending.a + c, pending.b + c, pending.c + c, pending.mean + c};
+      loops<T>().load_pending(data + at, part, stride, rows, count, out, out_stride);
+      return;
+    }
+    const Affine affine{bn.scale == nullptr ? nullptr : bn.scale + c, bn.shift == nullptr ? nullptr : bn.shift + c};
+    loops<T>().activate(data + at, stride, rows, count, affine, out, out_stride);
+  }
 };
 
 // Fills rows of `out` (row stride `out_stride`) with the channels [c_begin, c_end) of one tap's source pixels

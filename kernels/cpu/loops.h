@@ -30,13 +30,28 @@ struct Affine {
   const float* shift;
 };
 
+// The gradient of a tensor y that a BN follows, held as that BN's g: dy = a g + b (y - mean) + c.
+template <typename T>
+struct Pending {
+  const T* y; // null: dy itself
+  const float *a, *b, *c, *mean;
+};
+
 template <typename T>
 struct Loops {
   // out[r][c] = max(scale x + shift, 0), or x where scale is null; channels are padded with zeros.
   void (*activate)(
       const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, float* out, int64_t out_stride);
 
-  // The same, stored as T and without padding: for the split path.
+  // out[c][r] = max(scale x + shift, 0). Columns are written 16 at a time: after the last row come up to 15 zeros.
+  void (*activate_transposed)(
+      const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, float* out, int64_t out_stride);
+
+  // out[r][c] = a g + b (y - mean) + c; channels are padded with zeros. g and y have the same stride.
+  void (*load_pending)(
+      const T* g, Pending<T> pending, int64_t stride, int64_t rows, int64_t channels, float* out, int64_t out_stride);
+
+  // The same as activate, stored as T and without padding: for the split path.
   void (*activate_store)(const T* x, int64_t rows, int64_t channels, Affine bn, T* out);
 
   // y = acc + bias + residual (both optional); moments of the stored y where moments.s is not null.
@@ -54,7 +69,7 @@ struct Loops {
   // Moments of rows of x.
   void (*moments)(const T* x, int64_t x_stride, int64_t rows, int64_t channels, Moments moments);
 
-  // dx = a g + b (x - mean) + c + residual (optional).
+  // dx = a g + b (x - mean) + c + residual (optional); dx may be g.
   void (*apply)(
       const T* g, const T* x, const T* residual, int64_t rows, int64_t channels, const float* a,
       const float* b, const float* c, const float* mean, T* dx);

@@ -143,6 +143,8 @@ FP_INLINE vf relu(vf z) {
     }                                                         \
   } while (0)
 
+#include "loops_plain.h"
+
 // --- prologue -----------------------------------------------------------------------------------------------
 
 template <int B, bool TAIL, typename T>
@@ -181,6 +183,67 @@ void activate(
   for (int64_t r = 0; r < rows; r++) {
     FP_OVER_CHANNELS(
         activate_block, channels, x + r * x_stride, x_stride, 1, bn, out + r * out_stride, out_stride);
+  }
+}
+
+// In blocks of 16 pixels and 16 channels: 16 rows are streams that the prefetchers follow.
+template <typename T>
+void activate_transposed(
+    const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, float* out, int64_t out_stride) {
+  for (int64_t first = 0; first < rows; first += 16) {
+    const int64_t count = rows - first < 16 ? rows - first : 16;
+    for (int64_t c = 0; c < channels; c += 16) {
+      const int64_t n = channels - c < 16 ? channels - c : 16;
+      const T* from = x + first * x_stride + c;
+      const Affine affine{bn.scale + c, bn.shift + c};
+      float block[256];
+      if (n == 16) {
+        activate_block<1, false>(0, n, from, x_stride, count, affine, block, 16);
+      } else {
+        activate_block<1, true>(0, n, from, x_stride, count, affine, block, 16);
+      }
+      for (int64_t r = count; r < 16; r++) {
+        store(block + 16 * r, vf{});
+      }
+      transpose_16x16(block, 16, out + c * out_stride + first, out_stride);
+    }
+  }
+}
+
+template <int B, bool TAIL, typename T>
+FP_INLINE void pending_block(
+    int64_t c, int64_t n, const T* g, Pending<T> pending, int64_t stride, int64_t rows, float* out,
+    int64_t out_stride) {
+  vf slope_g[B], slope_y[B], offset[B], mean[B];
+  for (int b = 0; b < B; b++) {
+    const int64_t at = c + 16 * b;
+    slope_g[b] = get<TAIL>(pending.a + at, n);
+    slope_y[b] = get<TAIL>(pending.b + at, n);
+    offset[b] = get<TAIL>(pending.c + at, n);
+    mean[b] = get<TAIL>(pending.mean + at, n);
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    for (int b = 0; b < B; b++) {
+      const int64_t at = r * stride + c + 16 * b;
+      ahead(g + at);
+      ahead(pending.y + at);
+      const vf y = get<TAIL>(pending.y + at, n);
+      const vf v = slope_g[b] * get<TAIL>(g + at, n) + (slope_y[b] * (y - mean[b]) + offset[b]);
+      store(out + r * out_stride + c + 16 * b, v);
+    }
+  }
+}
+
+template <typename T>
+void load_pending(
+    const T* g, Pending<T> pending, int64_t stride, int64_t rows, int64_t channels, float* out, int64_t out_stride) {
+  if (channels <= 64) {
+    FP_OVER_CHANNELS(pending_block, channels, g, pending, stride, rows, out, out_stride);
+    return;
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    const Pending<T> row{pending.y + r * stride, pending.a, pending.b, pending.c, pending.mean};
+    FP_OVER_CHANNELS(pending_block, channels, g + r * stride, row, stride, 1, out + r * out_stride, out_stride);
   }
 }
 
@@ -358,271 +421,13 @@ void dgrad_epilogue(
       dgrad_block, channels, acc, acc_stride, rows, x, da, g, stride, bn, mean, sum_g, sum_gx);
 }
 
-// --- passes of their own ----------------------------------------------------------------------------------------
-
-template <int B, bool TAIL, typename T>
-FP_INLINE void moments_block(int64_t c, int64_t n, const T* x, int64_t x_stride, int64_t rows, Moments m) {
-  const int64_t few = rows < kPivotRows ? rows : kPivotRows;
-  vf pivot[B], s[B], q[B];
-  for (int b = 0; b < B; b++) {
-    vf sum{};
-    for (int64_t r = 0; r < few; r++) {
-      sum += get<TAIL>(x + r * x_stride + c + 16 * b, n);
-    }
-    pivot[b] = sum / (float)few;
-    s[b] = q[b] = vf{};
-  }
-  for (int64_t begin = 0; begin < rows; begin += kSumRows) {
-    const int64_t end = begin + kSumRows < rows ? begin + kSumRows : rows;
-    vf part_s[B], part_q[B];
-    for (int b = 0; b < B; b++) {
-      part_s[b] = part_q[b] = vf{};
-    }
-    for (int64_t r = begin; r < end; r++) {
-      for (int b = 0; b < B; b++) {
-        const vf d = get<TAIL>(x + r * x_stride + c + 16 * b, n) - pivot[b];
-        part_s[b] += d;
-        part_q[b] += d * d;
-      }
-    }
-    for (int b = 0; b < B; b++) {
-      s[b] += part_s[b];
-      q[b] += part_q[b];
-    }
-  }
-  for (int b = 0; b < B; b++) {
-    put<TAIL>(m.pivot + c + 16 * b, pivot[b], n);
-    put<TAIL>(m.s + c + 16 * b, s[b], n);
-    put<TAIL>(m.q + c + 16 * b, q[b], n);
-  }
-}
-
-template <typename T>
-void moments(const T* x, int64_t x_stride, int64_t rows, int64_t channels, Moments m) {
-  FP_OVER_CHANNELS(moments_block, channels, x, x_stride, rows, m);
-}
-
-template <int B, bool TAIL, typename T>
-FP_INLINE void apply_block(
-    int64_t c, int64_t n, const T* g, const T* x, const T* residual, const float* a, const float* b_,
-    const float* c_, const float* mean, T* dx) {
-  for (int b = 0; b < B; b++) {
-    const int64_t at = c + 16 * b;
-    ahead(g + at);
-    ahead(x + at);
-    if (residual != nullptr) {
-      ahead(residual + at);
-    }
-    vf v = get<TAIL>(a + at, n) * get<TAIL>(g + at, n) +
-        (get<TAIL>(b_ + at, n) * (get<TAIL>(x + at, n) - get<TAIL>(mean + at, n)) + get<TAIL>(c_ + at, n));
-    if (residual != nullptr) {
-      v += get<TAIL>(residual + at, n);
-    }
-    put<TAIL>(dx + at, v, n);
-  }
-}
-
-template <typename T>
-void apply(
-    const T* g, const T* x, const T* residual, int64_t rows, int64_t channels, const float* a, const float* b,
-    const float* c_, const float* mean, T* dx) {
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t row = r * channels;
-    FP_OVER_CHANNELS(
-        apply_block, channels, g + row, x + row, residual == nullptr ? nullptr : residual + row, a, b, c_, mean,
-        dx + row);
-  }
-}
-
-// --- the head -----------------------------------------------------------------------------------------------------
-
-template <int B, bool TAIL, typename T>
-FP_INLINE void pool_block(int64_t c, int64_t n, const T* x, int64_t rows, int64_t channels, Affine bn, T* out) {
-  vf scale[B], shift[B], s[B];
-  for (int b = 0; b < B; b++) {
-    scale[b] = get<TAIL>(bn.scale + c + 16 * b, n);
-    shift[b] = get<TAIL>(bn.shift + c + 16 * b, n);
-    s[b] = vf{};
-  }
-  for (int64_t begin = 0; begin < rows; begin += kSumRows) {
-    const int64_t end = begin + kSumRows < rows ? begin + kSumRows : rows;
-    vf part[B];
-    for (int b = 0; b < B; b++) {
-      part[b] = vf{};
-    }
-    for (int64_t r = begin; r < end; r++) {
-      for (int b = 0; b < B; b++) {
-        part[b] += relu(scale[b] * get<TAIL>(x + r * channels + c + 16 * b, n) + shift[b]);
-      }
-    }
-    for (int b = 0; b < B; b++) {
-      s[b] += part[b];
-    }
-  }
-  for (int b = 0; b < B; b++) {
-    put<TAIL>(out + c + 16 * b, s[b] / (float)rows, n);
-  }
-}
-
-template <typename T>
-void pool(const T* x, int64_t rows, int64_t channels, Affine bn, T* out) {
-  FP_OVER_CHANNELS(pool_block, channels, x, rows, channels, bn, out);
-}
-
-template <int B, bool TAIL, typename T>
-FP_INLINE void pool_reduce_block(
-    int64_t c, int64_t n, const T* dy, const T* x, int64_t rows, int64_t channels, Affine bn, const float* mean,
-    float* sum_g, float* sum_gx) {
-  // g is one value, dy / rows, wherever z > 0: its sum is a count, which a float holds exactly, times that value.
-  vf scale[B], shift[B], mu[B], count[B], sx[B];
-  for (int b = 0; b < B; b++) {
-    const int64_t at = c + 16 * b;
-    scale[b] = get<TAIL>(bn.scale + at, n);
-    shift[b] = get<TAIL>(bn.shift + at, n);
-    mu[b] = get<TAIL>(mean + at, n);
-    count[b] = sx[b] = vf{};
-  }
-  for (int64_t begin = 0; begin < rows; begin += kSumRows) {
-    const int64_t end = begin + kSumRows < rows ? begin + kSumRows : rows;
-    vf part[B];
-    for (int b = 0; b < B; b++) {
-      part[b] = vf{};
-    }
-    for (int64_t r = begin; r < end; r++) {
-      for (int b = 0; b < B; b++) {
-        const vf value = get<TAIL>(x + r * channels + c + 16 * b, n);
-        const auto off = scale[b] * value + shift[b] <= 0.0f;
-        count[b] += off ? vf{} : vf{} + 1.0f;
-        part[b] += off ? vf{} : value - mu[b];
-      }
-    }
-    for (int b = 0; b < B; b++) {
-      sx[b] += part[b];
-    }
-  }
-  for (int b = 0; b < B; b++) {
-    const int64_t at = c + 16 * b;
-    const vf g = get<TAIL>(dy + at, n) / (float)rows;
-    const auto none = count[b] == 0.0f; // then no g was NaN either
-    put<TAIL>(sum_g + at, get<TAIL>(sum_g + at, n) + (none ? vf{} : count[b] * g), n);
-    put<TAIL>(sum_gx + at, get<TAIL>(sum_gx + at, n) + (none ? vf{} : sx[b] * g), n);
-  }
-}
-
-template <typename T>
-void pool_reduce(
-    const T* dy, const T* x, int64_t rows, int64_t channels, Affine bn, const float* mean, float* sum_g,
-    float* sum_gx) {
-  FP_OVER_CHANNELS(pool_reduce_block, channels, dy, x, rows, channels, bn, mean, sum_g, sum_gx);
-}
-
-template <int B, bool TAIL, typename T>
-FP_INLINE void pool_apply_block(
-    int64_t c, int64_t n, const T* dy, const T* x, int64_t rows, int64_t channels, Affine bn, const float* a,
-    const float* b_, const float* c_, const float* mean, T* dx) {
-  for (int b = 0; b < B; b++) {
-    const int64_t at = c + 16 * b;
-    const vf scale = get<TAIL>(bn.scale + at, n), shift = get<TAIL>(bn.shift + at, n);
-    const vf mu = get<TAIL>(mean + at, n), slope = get<TAIL>(b_ + at, n), offset = get<TAIL>(c_ + at, n);
-    const vf ag = get<TAIL>(a + at, n) * (get<TAIL>(dy + at, n) / (float)rows);
-    for (int64_t r = 0; r < rows; r++) {
-      const vf value = get<TAIL>(x + r * channels + at, n);
-      const vf v = scale * value + shift <= 0.0f ? vf{} : ag;
-      put<TAIL>(dx + r * channels + at, v + (slope * (value - mu) + offset), n);
-    }
-  }
-}
-
-template <typename T>
-void pool_apply(
-    const T* dy, const T* x, int64_t rows, int64_t channels, Affine bn, const float* a, const float* b,
-    const float* c_, const float* mean, T* dx) {
-  FP_OVER_CHANNELS(pool_apply_block, channels, dy, x, rows, channels, bn, a, b, c_, mean, dx);
-}
-
-// --- without a storage type ------------------------------------------------------------------------------------
-
-FP_INLINE void transpose_16x16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
-#if defined(__AVX512F__)
-  __m512 r[16], t[16];
-  for (int i = 0; i < 16; i++) {
-    r[i] = _mm512_loadu_ps(in + i * in_stride);
-  }
-  // 2x2 of floats, then of doubles, then of quarters of a register: the butterfly in four steps.
-  for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; i++) {
-    for (int j = 0; j < 2; j++) {
-      const __m512d lo = _mm512_castps_pd(t[4 * i + j]), hi = _mm512_castps_pd(t[4 * i + j + 2]);
-      r[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
-      r[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
-    }
-  }
-  // Now r[4i + k] holds in quarter q the column 4q + k of rows 4i .. 4i + 3.
-  for (int k = 0; k < 4; k++) {
-    const __m512 a = _mm512_shuffle_f32x4(r[k], r[4 + k], 0x88), b = _mm512_shuffle_f32x4(r[k], r[4 + k], 0xdd);
-    const __m512 c = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0x88),
-                 d = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0xdd);
-    _mm512_storeu_ps(out + k * out_stride, _mm512_shuffle_f32x4(a, c, 0x88));
-    _mm512_storeu_ps(out + (4 + k) * out_stride, _mm512_shuffle_f32x4(b, d, 0x88));
-    _mm512_storeu_ps(out + (8 + k) * out_stride, _mm512_shuffle_f32x4(a, c, 0xdd));
-    _mm512_storeu_ps(out + (12 + k) * out_stride, _mm512_shuffle_f32x4(b, d, 0xdd));
-  }
-#else
-  for (int i = 0; i < 16; i++) {
-    for (int j = 0; j < 16; j++) {
-      out[i * out_stride + j] = in[j * in_stride + i];
-    }
-  }
-#endif
-}
-
-static void transpose(
-    const float* in, int64_t in_stride, int64_t rows, int64_t cols, float* out, int64_t out_stride) {
-  int64_t r = 0;
-  for (; r + 16 <= rows; r += 16) {
-    int64_t c = 0;
-    for (; c + 16 <= cols; c += 16) {
-      transpose_16x16(in + r * in_stride + c, in_stride, out + c * out_stride + r, out_stride);
-    }
-    for (; c < cols; c++) {
-      for (int64_t i = r; i < r + 16; i++) {
-        out[c * out_stride + i] = in[i * in_stride + c];
-      }
-    }
-  }
-  for (; r < rows; r++) {
-    for (int64_t c = 0; c < cols; c++) {
-      out[c * out_stride + r] = in[r * in_stride + c];
-    }
-  }
-}
-
-static void merge(double count, double* mean, double* m2, double tile_count, Moments tile, int64_t channels) {
-  const double total = count + tile_count, weight = tile_count / total, cross = count * weight;
-  const double per_row = 1.0 / tile_count;
-  for (int64_t c = 0; c < channels; c++) {
-    const double s = tile.s[c];
-    const double tile_m2 = (double)tile.q[c] - s * s * per_row;
-    const double delta = (double)tile.pivot[c] + s * per_row - mean[c];
-    mean[c] += delta * weight;
-    m2[c] += (tile_m2 < 0 ? 0 : tile_m2) + delta * delta * cross;
-  }
-}
-
-static void add(double* total, const float* part, int64_t channels) {
-  for (int64_t c = 0; c < channels; c++) {
-    total[c] += part[c];
-  }
-}
+#include "loops_passes.h"
 
 template <typename T>
 Loops<T> table() {
   return {
-      activate<T>, activate_store<T>, fprop_epilogue<T>, dgrad_epilogue<T>, moments<T>,
-      apply<T>,    pool<T>,           pool_reduce<T>,    pool_apply<T>,
+      activate<T>, activate_transposed<T>, load_pending<T>, activate_store<T>, fprop_epilogue<T>, dgrad_epilogue<T>,
+      moments<T>,  apply<T>,               pool<T>,         pool_reduce<T>,    pool_apply<T>,
   };
 }
 

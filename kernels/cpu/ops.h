@@ -24,6 +24,11 @@ Tensor conv_wgrad(
     const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(
+    const Tensor& dy, at::TensorList pending, const Tensor& weight, const Tensor& x, at::TensorList bn,
+    const OptionalTensor& da, const OptionalTensor& residual_grad, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad);
+
 Tensor bn_backward_apply(
     const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& scale, const Tensor& rstd,
     const Tensor& sum_g, const Tensor& sum_gx, bool training, const OptionalTensor& residual_grad);

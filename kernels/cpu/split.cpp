@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> split_dgrad(
         loops<scalar_t>().dgrad_epilogue(
             nullptr, 0, rows, channels, in + first * channels, g + first * channels, g + first * channels, channels,
             {pointer(scale), pointer(shift)}, pointer(mean), sums, sums + size);
-        sum_g.add(part, sums);
-        sum_gx.add(part, sums + size);
+        sum_g.add(part, sums, 0, channels);
+        sum_gx.add(part, sums + size, 0, channels);
       }
     });
   });

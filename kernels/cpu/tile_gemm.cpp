@@ -2,6 +2,8 @@
 
 #include <ATen/native/CPUBlas.h>
 
+#include <numeric>
+
 namespace fused_preact {
 
 namespace {
@@ -107,6 +109,7 @@ namespace {
 // Scratch that leaves room in a 2 MiB (1 MiB on older processors) second-level cache for a panel of weights.
 constexpr int64_t kLeftFloats = 64 * 1024;
 constexpr int64_t kChunkDepth = 1152;
+constexpr int64_t kResidentFloats = 320 * 1024;
 
 // The window's height and width where the taps are a dense rectangle in ascending order, else zeros.
 std::pair<int64_t, int64_t> dense_window(const Grid& grid) {
@@ -160,6 +163,25 @@ Tiling::Tiling(const Grid& grid, int64_t depth, int64_t columns) {
   const int64_t target = std::min<int64_t>(192, std::max<int64_t>(64, kLeftFloats / (chunk_taps * depth)));
   rows = balanced(grid.pixels(), target);
   tiles = (grid.pixels() + rows - 1) / rows;
+}
+
+Tasks::Tasks(const PackedWeights& weights, const Tiling& tiling, int64_t source_floats, int64_t resident)
+    : panels(weights.panels()), tiles(tiling.tiles) {
+  const int64_t threads = at::get_num_threads(), panel = resident * weights.taps * weights.depth * PackedWeights::kPanel;
+  blocks = 1;
+  if (panels * panel > kResidentFloats) {
+    const int64_t fitting = std::max<int64_t>(1, kResidentFloats / panel);
+    const int64_t wanted = std::min(panels, round_up((panels + fitting - 1) / fitting, threads));
+    // What a thread reads from beyond its cache: its share of the source once per block and the weights once, or its
+    // share of the source once and the weights for every tile.
+    const int64_t again = panels * panel * std::max<int64_t>(0, tiles / threads - 1);
+    if ((wanted - 1) * source_floats / threads < again) {
+      blocks = wanted;
+    }
+  }
+  block_panels = (panels + blocks - 1) / blocks;
+  blocks = (panels + block_panels - 1) / block_panels;
+  ranges = std::min(tiles, threads / std::gcd(blocks, threads));
 }
 
 } // namespace fused_preact

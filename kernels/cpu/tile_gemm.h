@@ -58,6 +58,22 @@ struct Tiling {
   Tiling(const Grid& grid, int64_t depth, int64_t columns);
 };
 
+// The work of an op in tasks: blocks of column panels times ranges of tiles. One block is the rule. Where the weights
+// (and a second operand of their size, the accumulator of dW) overflow the second-level cache, every tile would fetch
+// them anew: then a task keeps a block of them and reads all tiles of its range.
+struct Tasks {
+  int64_t panels, block_panels, blocks, tiles, ranges;
+
+  // `resident`: bytes that stay per byte of weight; `source_floats`: size of what the tiles are gathered from.
+  Tasks(const PackedWeights& weights, const Tiling& tiling, int64_t source_floats, int64_t resident);
+
+  // Calls body(task_begin, task_end) on every thread.
+  template <typename F>
+  void run(const F& body) const {
+    Parts(blocks * ranges).run([&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
+  }
+};
+
 // One column panel of a finished tile.
 struct TilePanel {
   const float* acc; // null: no tap reaches these pixels
@@ -65,24 +81,31 @@ struct TilePanel {
   int64_t column, channels;
 };
 
+// Rows of the left operand, for a second product with it: `rows` rows of `columns` values that belong to the taps from
+// `tap` on. With a band, rows of the destination's pixels lie where the runs say and the others are not to be used.
+struct Operand {
+  const float* data;
+  int64_t stride, rows, columns, tap;
+};
+
 // Runs all tiles. For each one calls
-//   epilogue.begin(scratch)                     scratch of `epilogue_floats`, per tile
-//   epilogue.panel(panel, runs)                 once per column panel
-//   epilogue.end(part, rows)                    part of the fixed partition, rows of the tile
-// on a copy of `epilogue` that belongs to the part.
+//   epilogue.begin(scratch, range, column, columns)   scratch of `epilogue_floats`; the columns of the task
+//   epilogue.panel(panel, runs)                       once per column panel
+//   epilogue.operand(operand, runs)                   only where Epilogue::kSecondProduct: the left operand in parts
+//   epilogue.end(rows)                                rows of the tile
+// on a copy of `epilogue` that belongs to the task.
 template <typename T, typename Epilogue>
 void run_tiles(
     const Grid& grid, const Source<T>& source, const PackedWeights& weights, const Tiling& tiling,
-    const Parts& parts, int64_t epilogue_floats, const Epilogue& epilogue);
+    const Tasks& tasks, int64_t epilogue_floats, const Epilogue& epilogue);
 
 // --- implementation ---------------------------------------------------------------------------------------
 
-// Fills the band of image rows [i_begin, i_end) and returns the pixels in one of its rows.
+// Fills the band of image rows [i_begin, i_end).
 template <typename T>
 void fill_band(
     const Source<T>& source, const Grid& grid, const Tiling& tiling, int64_t image, int64_t i_begin,
     int64_t i_end, float* band) {
-  const auto activate = loops<T>().activate;
   const int64_t depth = round_up(source.channels, kLanes), width = grid.w + tiling.window_w - 1;
   const int64_t dh = grid.taps[0].dh, dw = grid.taps[0].dw;
   const int64_t lo = std::min(std::max(-dw, int64_t{0}), width);
@@ -95,101 +118,146 @@ void fill_band(
     }
     std::memset(band, 0, lo * depth * sizeof(float));
     const int64_t pixel = (image * grid.src_h + src_row) * grid.src_w + lo + dw;
-    activate(
-        source.data + pixel * source.channels, source.channels, hi - lo, source.channels, source.bn,
-        band + lo * depth, depth);
+    source.load(pixel, 1, hi - lo, 0, source.channels, band + lo * depth, depth);
     std::memset(band + hi * depth, 0, (width - hi) * depth * sizeof(float));
   }
 }
 
+// The scratch of a thread and the tile that it works on.
 template <typename T, typename Epilogue>
-void run_tiles(
-    const Grid& grid, const Source<T>& source, const PackedWeights& weights, const Tiling& tiling,
-    const Parts& parts, int64_t epilogue_floats, const Epilogue& epilogue) {
-  const int64_t depth = weights.depth, panels = weights.panels(), taps = weights.taps;
-  const int64_t band_width = grid.w + tiling.window_w - 1;
-  const int64_t band_tiles = (grid.h + tiling.rows - 1) / tiling.rows; // per image
-  const int64_t max_rows = tiling.band ? tiling.rows * band_width : tiling.rows;
-  // A row of the source that is read as it is needs no scratch.
-  const bool direct =
-      std::is_same_v<T, float> && grid.pointwise() && source.bn.scale == nullptr && source.channels == depth;
-  const int64_t chunk = std::max<int64_t>(tiling.chunk_taps, 1) * depth;
-  const bool one_chunk = tiling.band || tiling.chunk_taps >= taps;
-
-  parts.run([&](int64_t part, int64_t tile_begin, int64_t tile_end) {
+class TileRunner {
+ public:
+  TileRunner(
+      const Grid& grid, const Source<T>& source, const PackedWeights& weights, const Tiling& tiling, const Tasks& tasks,
+      int64_t epilogue_floats)
+      : grid(grid), source(source), weights(weights), tiling(tiling), depth(weights.depth), taps(weights.taps),
+        band_width(grid.w + tiling.window_w - 1), one_chunk(tiling.band || tiling.chunk_taps >= taps),
+        direct(
+            std::is_same_v<T, float> && grid.pointwise() && source.as_stored() && source.channels == depth &&
+            !(Epilogue::kSecondProduct && depth % 512 == 0)) {
+    // A row stride that is a power of two would put a column of the operand into few sets of the cache.
+    left_stride = tiling.band ? depth : std::min(tiling.chunk_taps, taps) * depth + kLanes;
     int64_t left_floats = 0;
     if (tiling.band) {
       left_floats = (tiling.rows + tiling.window_h - 1) * band_width * depth;
     } else if (!direct) {
-      left_floats = tiling.rows * chunk;
+      left_floats = tiling.rows * left_stride;
     }
     // A panel at a time fits where its accumulator is final; else all panels wait for the last chunk.
-    const int64_t acc_floats = max_rows * PackedWeights::kPanel * (one_chunk ? 1 : panels);
+    const int64_t max_rows = tiling.band ? tiling.rows * band_width : tiling.rows;
+    const int64_t acc_floats = max_rows * PackedWeights::kPanel * (one_chunk ? 1 : tasks.block_panels);
     Arena arena(thread_scratch(
         round_up(left_floats, kLanes) + round_up(acc_floats, kLanes) + round_up(epilogue_floats, kLanes)));
-    float* left = arena.take(left_floats);
-    float* acc = arena.take(acc_floats);
-    float* extra = arena.take(epilogue_floats);
-    Epilogue mine = epilogue;
-    std::vector<Run> runs;
+    left = arena.take(left_floats);
+    acc = arena.take(acc_floats);
+    extra = arena.take(epilogue_floats);
+  }
 
-    for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-      mine.begin(extra);
-      const auto finish = [&](int64_t panel, const float* result) {
-        mine.panel(
-            {result, weights.width(panel), panel * PackedWeights::kPanel, weights.channels(panel)}, runs);
-      };
-      int64_t rows = 0;
-      if (tiling.band) {
-        const int64_t image = tile / band_tiles, i = tile % band_tiles * tiling.rows;
-        const int64_t count = std::min(tiling.rows, grid.h - i);
-        fill_band(source, grid, tiling, image, i, i + count, left);
-        runs.clear();
-        for (int64_t row = 0; row < count; row++) {
-          runs.push_back({row * band_width, grid.w, grid.dst_pixel(image, i + row, 0), grid.dst_stride_w});
-        }
-        rows = count * grid.w;
-        // In one call, the columns between two image rows are computed and skipped.
-        const int64_t calls = tiling.row_calls ? count : 1, k = tiling.window_w * depth;
-        const int64_t m = tiling.row_calls ? grid.w : (count - 1) * band_width + grid.w;
-        for (int64_t panel = 0; panel < panels; panel++) {
-          const int64_t width = weights.width(panel);
-          for (int64_t call = 0; call < calls; call++) {
-            for (int64_t r = 0; r < tiling.window_h; r++) {
-              gemm(
-                  m, width, k, left + (call + r) * band_width * depth, depth, weights.data(panel) + r * k * width,
-                  width, acc + call * band_width * width, width, r > 0);
-            }
-          }
-          finish(panel, acc);
-        }
-      } else {
-        const int64_t begin = tile * tiling.rows, end = std::min(begin + tiling.rows, grid.pixels());
-        rows = end - begin;
-        list_runs(grid, begin, end, runs);
-        for (int64_t tap = 0; tap < taps; tap += tiling.chunk_taps) {
-          const int64_t count = std::min(tiling.chunk_taps, taps - tap), k = count * depth;
-          const float* a = left;
-          if constexpr (std::is_same_v<T, float>) {
-            a = direct ? source.data + begin * depth : left;
-          }
-          for (int64_t i = 0; i < count && !direct; i++) {
-            gather_tap(source, grid, grid.taps[tap + i], begin, end, 0, source.channels, left + i * depth, k);
-          }
-          for (int64_t panel = 0; panel < panels; panel++) {
-            const int64_t width = weights.width(panel);
-            float* out = one_chunk ? acc : acc + panel * PackedWeights::kPanel * tiling.rows;
-            gemm(rows, width, k, a, k, weights.data(panel) + tap * depth * width, width, out, width, tap > 0);
-            if (tap + count == taps) {
-              finish(panel, out);
-            }
-          }
-        }
-        for (int64_t panel = 0; taps == 0 && panel < panels; panel++) {
-          finish(panel, nullptr);
+  // Tile `tile` times the panels [first, last).
+  void run(int64_t tile, int64_t range, int64_t first, int64_t last, Epilogue& epilogue) {
+    const int64_t column = first * PackedWeights::kPanel;
+    epilogue.begin(
+        extra, range, column, std::min(last * PackedWeights::kPanel, weights.columns) - column);
+    const int64_t rows = tiling.band ? band_tile(tile, first, last, epilogue) : explicit_tile(tile, first, last, epilogue);
+    epilogue.end(rows);
+  }
+
+ private:
+  void finish(int64_t panel, const float* result, Epilogue& epilogue) {
+    epilogue.panel({result, weights.width(panel), panel * PackedWeights::kPanel, weights.channels(panel)}, runs);
+  }
+
+  int64_t band_tile(int64_t tile, int64_t first, int64_t last, Epilogue& epilogue) {
+    const int64_t per_image = (grid.h + tiling.rows - 1) / tiling.rows;
+    const int64_t image = tile / per_image, i = tile % per_image * tiling.rows;
+    const int64_t count = std::min(tiling.rows, grid.h - i);
+    fill_band(source, grid, tiling, image, i, i + count, left);
+    runs.clear();
+    for (int64_t row = 0; row < count; row++) {
+      runs.push_back({row * band_width, grid.w, grid.dst_pixel(image, i + row, 0), grid.dst_stride_w});
+    }
+    // In one call, the columns between two image rows are computed and skipped.
+    const int64_t calls = tiling.row_calls ? count : 1, k = tiling.window_w * depth;
+    const int64_t spanned = (count - 1) * band_width + grid.w, m = tiling.row_calls ? grid.w : spanned;
+    for (int64_t panel = first; panel < last; panel++) {
+      const int64_t width = weights.width(panel);
+      for (int64_t call = 0; call < calls; call++) {
+        for (int64_t r = 0; r < tiling.window_h; r++) {
+          gemm(
+              m, width, k, left + (call + r) * band_width * depth, depth, weights.data(panel) + r * k * width, width,
+              acc + call * band_width * width, width, r > 0);
         }
       }
-      mine.end(part, rows);
+      finish(panel, acc, epilogue);
+    }
+    if constexpr (Epilogue::kSecondProduct) {
+      for (int64_t tap = 0; tap < taps; tap++) {
+        const float* start = left + (tap / tiling.window_w * band_width + tap % tiling.window_w) * depth;
+        epilogue.operand({start, depth, spanned, depth, tap}, runs);
+      }
+    }
+    return count * grid.w;
+  }
+
+  int64_t explicit_tile(int64_t tile, int64_t first, int64_t last, Epilogue& epilogue) {
+    const int64_t begin = tile * tiling.rows, end = std::min(begin + tiling.rows, grid.pixels()), rows = end - begin;
+    list_runs(grid, begin, end, runs);
+    for (int64_t tap = 0; tap < taps; tap += tiling.chunk_taps) {
+      const int64_t count = std::min(tiling.chunk_taps, taps - tap), k = count * depth;
+      const float* a = left;
+      int64_t stride = left_stride;
+      if constexpr (std::is_same_v<T, float>) {
+        if (direct) {
+          a = source.data + begin * depth;
+          stride = depth;
+        }
+      }
+      for (int64_t i = 0; i < count && !direct; i++) {
+        gather_tap(source, grid, grid.taps[tap + i], begin, end, 0, source.channels, left + i * depth, left_stride);
+      }
+      for (int64_t panel = first; panel < last; panel++) {
+        const int64_t width = weights.width(panel);
+        float* out = one_chunk ? acc : acc + (panel - first) * PackedWeights::kPanel * tiling.rows;
+        gemm(rows, width, k, a, stride, weights.data(panel) + tap * depth * width, width, out, width, tap > 0);
+        if (tap + count == taps) {
+          finish(panel, out, epilogue);
+        }
+      }
+      if constexpr (Epilogue::kSecondProduct) {
+        epilogue.operand({a, stride, rows, k, tap}, runs);
+      }
+    }
+    for (int64_t panel = first; taps == 0 && panel < last; panel++) {
+      finish(panel, nullptr, epilogue);
+    }
+    return rows;
+  }
+
+  const Grid& grid;
+  const Source<T>& source;
+  const PackedWeights& weights;
+  const Tiling& tiling;
+  const int64_t depth, taps, band_width;
+  const bool one_chunk;
+  const bool direct; // a row of the source that is read as it is needs no scratch
+  int64_t left_stride;
+  float *left, *acc, *extra;
+  std::vector<Run> runs;
+};
+
+template <typename T, typename Epilogue>
+void run_tiles(
+    const Grid& grid, const Source<T>& source, const PackedWeights& weights, const Tiling& tiling,
+    const Tasks& tasks, int64_t epilogue_floats, const Epilogue& epilogue) {
+  tasks.run([&](int64_t task_begin, int64_t task_end) {
+    TileRunner<T, Epilogue> runner(grid, source, weights, tiling, tasks, epilogue_floats);
+    for (int64_t task = task_begin; task < task_end; task++) {
+      const int64_t range = task % tasks.ranges, first = task / tasks.ranges * tasks.block_panels;
+      const int64_t last = std::min(first + tasks.block_panels, tasks.panels);
+      Epilogue mine = epilogue;
+      for (int64_t tile = range * tasks.tiles / tasks.ranges; tile < (range + 1) * tasks.tiles / tasks.ranges; tile++) {
+        runner.run(tile, range, first, last, mine);
+      }
     }
     gemm_release();
   });

@@ -1,0 +1,197 @@
+// conv_backward: the whole backward of a site in one pass over dy and x.
+//
+// da[p] = sum over taps of dy[p + tap] W[tap], and dW[tap] = sum over p of a[p]^T dy[p + tap]: both products read the
+// same rows of dy, gathered once, with the BN backward that makes dy applied on load. Per tile: gather dy, multiply by
+// W, mask and reduce; activate and transpose x, multiply it by the gathered dy into an accumulator of dW.
+#include <ATen/ops/empty_like.h>
+
+#include "coefficients.h"
+#include "dgrad_epilogue.h"
+#include "ops.h"
+#include "split.h"
+#include "wgrad_sum.h"
+
+namespace fused_preact {
+
+void WgradSum::finish(const Grid& grid, const Tensor& dweight) const {
+  const int64_t ranges = sums.size(0), size = channels * width, k = dweight.size(0);
+  const int64_t row_floats = dweight.size(1) * channels, taps = width / depth;
+  float *sum = sums.data_ptr<float>(), *to = dweight.data_ptr<float>();
+  // Pieces of 16 columns of one tap: added up, then turned.
+  const int64_t pieces = (k + kLanes - 1) / kLanes;
+  at::parallel_for(0, taps * pieces, 1 + (1 << 14) / (channels * kLanes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t tap = i / pieces, first = i % pieces * kLanes, count = std::min(kLanes, k - first);
+      float* piece = sum + tap * depth + first;
+      for (int64_t range = 1; range < ranges; range++) {
+        for (int64_t c = 0; c < channels; c++) {
+          for (int64_t j = 0; j < count; j++) {
+            piece[c * width + j] += piece[range * size + c * width + j];
+          }
+        }
+      }
+      common_loops().transpose(
+          piece, width, channels, count, to + first * row_floats + grid.taps[tap].index * channels, row_floats);
+    }
+  });
+}
+
+namespace {
+
+// Rows of the transposed activation: the pixels of a tile, those between two rows of a band, up to 15 zeros.
+int64_t transposed_stride(const Grid& grid, const Tiling& tiling) {
+  const int64_t rows = tiling.band ? tiling.rows * (grid.w + tiling.window_w - 1) : tiling.rows;
+  // Not a power of two, see left_stride.
+  return round_up(rows, kLanes) + kLanes;
+}
+
+template <typename T>
+struct JointEpilogue : DgradEpilogue<T> {
+  static constexpr bool kSecondProduct = true;
+  const WgradSum* dw;
+  int64_t stride; // of `transposed`
+  float* transposed = nullptr; // [columns, pixels]
+  bool fresh = true; // nothing is accumulated yet
+  bool made = false; // `transposed` is this tile's
+
+  void begin(float* scratch, int64_t range, int64_t first, int64_t columns) {
+    const int64_t size = round_up(columns, kLanes);
+    transposed = scratch + 2 * size;
+    made = false;
+    if (fresh) {
+      // The columns between two rows of a band stay zero, whatever the operand holds there.
+      std::memset(transposed, 0, size * stride * sizeof(float));
+    }
+    DgradEpilogue<T>::begin(scratch, range, first, columns);
+  }
+
+  void operand(const Operand& right, const std::vector<Run>& runs) {
+    if (!made) {
+      for (const Run& run : runs) {
+        loops<T>().activate_transposed(
+            this->x + run.dst_pixel * this->channels + this->first, run.dst_step * this->channels, run.count,
+            this->columns, {this->bn.scale + this->first, this->bn.shift + this->first}, transposed + run.row, stride);
+      }
+      made = true;
+    }
+    float* out = dw->row(this->range, this->first) + right.tap * dw->depth;
+    for (int64_t c = 0; c < right.columns; c += PackedWeights::kPanel) {
+      gemm(
+          this->columns, std::min(PackedWeights::kPanel, right.columns - c), right.rows, transposed, stride,
+          right.data + c, right.stride, out + c, dw->width, !fresh);
+    }
+  }
+
+  void end(int64_t rows) {
+    fresh = false;
+    DgradEpilogue<T>::end(rows);
+  }
+};
+
+// The BN behind the convolution, whose backward is applied on load.
+struct Behind {
+  Tensor y, mean;
+  Coefficients k;
+
+  Behind(const at::TensorList pending)
+      : y(nhwc(pending[0])), mean(floats(pending[1])),
+        k(pending[2], pending[3], pending.size() > 4 ? pending[4] : pending[2],
+          pending.size() > 5 ? pending[5] : pending[2], y.numel() / y.size(1), pending.size() > 5) {}
+
+  template <typename T>
+  Pending<T> on_load() const {
+    return {y.const_data_ptr<T>(), k.a(), k.b(), k.c(), pointer(mean)};
+  }
+};
+
+// The operations that this one joins, one after the other.
+std::tuple<Tensor, Tensor, Tensor, Tensor> one_by_one(
+    const Tensor& dy_, at::TensorList pending, const Tensor& weight, const Tensor& x, at::TensorList bn,
+    const OptionalTensor& da, const OptionalTensor& residual_grad, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad) {
+  Tensor dy = dy_;
+  if (!pending.empty()) {
+    const bool batch = pending.size() > 5;
+    dy = bn_backward_apply(
+        dy_, pending[0], pending[1], pending[2], pending[3], pending[batch ? 4 : 2], pending[batch ? 5 : 2], batch,
+        std::nullopt);
+  }
+  Tensor dweight = weight_grad ? conv_wgrad(dy, x, bn[0], bn[1], weight, stride, padding, dilation, groups)
+                               : at::empty({0}, weight.options());
+  auto [g, sum_g, sum_gx] =
+      conv_dgrad(dy, weight, x, bn[0], bn[1], bn[2], da, stride, padding, dilation, groups);
+  if (apply) {
+    g = bn_backward_apply(g, x, bn[2], bn[0], bn[3], sum_g, sum_gx, training, residual_grad);
+  }
+  return {g, sum_g, sum_gx, dweight};
+}
+
+} // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(
+    const Tensor& dy_, at::TensorList pending, const Tensor& weight, const Tensor& x_, at::TensorList bn,
+    const OptionalTensor& da_, const OptionalTensor& residual_grad, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad) {
+  const auto dtype = x_.scalar_type();
+  const auto of_dtype = [&](const OptionalTensor& t) { return !t.has_value() || t->scalar_type() == dtype; };
+  const bool same_dtype = of_dtype(weight) && of_dtype(dy_) && of_dtype(da_) && of_dtype(residual_grad) &&
+      (pending.empty() || of_dtype(pending[0]));
+  if (!served(x_) || !served(dy_) || !same_dtype) {
+    return call_reference<decltype(conv_backward)>(
+        "fused_preact::conv_backward", dy_, pending, weight, x_, bn, da_, residual_grad, stride, padding, dilation,
+        groups, training, apply, weight_grad);
+  }
+  if (takes_split_path(x_, groups) || !weight_grad) {
+    return one_by_one(
+        dy_, pending, weight, x_, bn, da_, residual_grad, stride, padding, dilation, groups, training, apply,
+        weight_grad);
+  }
+  const Tensor dy = nhwc(dy_), x = nhwc(x_);
+  const OptionalTensor da = nhwc(da_);
+  const Tensor scale = floats(bn[0]), shift = floats(bn[1]), mean = floats(bn[2]);
+  const ConvShape shape(x.sizes(), weight.sizes(), stride, padding, dilation);
+  const Tensor g = empty_nhwc(x.sizes(), x);
+  std::optional<Behind> behind;
+  if (!pending.empty()) {
+    behind.emplace(pending);
+  }
+  PartSums sum_g(at::get_num_threads(), shape.c), sum_gx(at::get_num_threads(), shape.c);
+  // Zeros where a tap reaches no pixel at all.
+  const Tensor dw = at::zeros({shape.k, shape.r * shape.s, shape.c}, at::kFloat);
+  for (const Grid& grid : shape.backward_grids()) {
+    const PackedWeights packed = pack_backward(weight, grid);
+    const Tiling tiling(grid, packed.depth, packed.columns);
+    const Tasks tasks(packed, tiling, shape.n * shape.oh * shape.ow * packed.depth, 2);
+    const WgradSum sum(packed, tasks.ranges);
+    const int64_t size = round_up(tasks.block_panels * PackedWeights::kPanel, kLanes);
+    const int64_t transposed = transposed_stride(grid, tiling);
+    FUSED_PREACT_DISPATCH(dtype, "conv_backward", [&] {
+      Source<scalar_t> source{dy.const_data_ptr<scalar_t>(), shape.k};
+      if (behind.has_value()) {
+        source.pending = behind->on_load<scalar_t>();
+      }
+      const JointEpilogue<scalar_t> epilogue{
+          {x.const_data_ptr<scalar_t>(), data<scalar_t>(da), g.mutable_data_ptr<scalar_t>(), shape.c,
+           Affine{pointer(scale), pointer(shift)}, pointer(mean), &sum_g, &sum_gx},
+          &sum, transposed};
+      run_tiles(grid, source, packed, tiling, tasks, size * (2 + transposed), epilogue);
+    });
+    sum.finish(grid, dw);
+  }
+  const Tensor sums_g = sum_g.finish(), sums_gx = sum_gx.finish();
+  if (apply) {
+    // Over g itself, which nobody else has: its pages are there.
+    const Coefficients k(scale, bn[3], sums_g, sums_gx, x.numel() / shape.c, training);
+    apply_into(g, x, mean, k, nhwc(residual_grad), g);
+  }
+  const Tensor dweight = dw.view({shape.k, shape.r, shape.s, shape.c}).permute({0, 3, 1, 2});
+  const bool as_it_is = dtype == at::kFloat && dweight.strides() == weight.strides();
+  return {
+      like_input(g, x_), sums_g, sums_gx, as_it_is ? dweight : at::empty_like(weight).copy_(dweight)};
+}
+
+TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {
+  m.impl("conv_backward", conv_backward);
+}
+
+} // namespace fused_preact

@@ -1,0 +1,77 @@
+// Part of loops_body.h: the loops without a storage type.
+
+FP_INLINE void transpose_16x16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+#if defined(__AVX512F__)
+  __m512 r[16], t[16];
+  for (int i = 0; i < 16; i++) {
+    r[i] = _mm512_loadu_ps(in + i * in_stride);
+  }
+  // 2x2 of floats, then of doubles, then of quarters of a register: the butterfly in four steps.
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    for (int j = 0; j < 2; j++) {
+      const __m512d lo = _mm512_castps_pd(t[4 * i + j]), hi = _mm512_castps_pd(t[4 * i + j + 2]);
+      r[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+      r[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+    }
+  }
+  // Now r[4i + k] holds in quarter q the column 4q + k of rows 4i .. 4i + 3.
+  for (int k = 0; k < 4; k++) {
+    const __m512 a = _mm512_shuffle_f32x4(r[k], r[4 + k], 0x88), b = _mm512_shuffle_f32x4(r[k], r[4 + k], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0x88),
+                 d = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0xdd);
+    _mm512_storeu_ps(out + k * out_stride, _mm512_shuffle_f32x4(a, c, 0x88));
+    _mm512_storeu_ps(out + (4 + k) * out_stride, _mm512_shuffle_f32x4(b, d, 0x88));
+    _mm512_storeu_ps(out + (8 + k) * out_stride, _mm512_shuffle_f32x4(a, c, 0xdd));
+    _mm512_storeu_ps(out + (12 + k) * out_stride, _mm512_shuffle_f32x4(b, d, 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; i++) {
+    for (int j = 0; j < 16; j++) {
+      out[i * out_stride + j] = in[j * in_stride + i];
+    }
+  }
+#endif
+}
+
+static void transpose(
+    const float* in, int64_t in_stride, int64_t rows, int64_t cols, float* out, int64_t out_stride) {
+  int64_t r = 0;
+  for (; r + 16 <= rows; r += 16) {
+    int64_t c = 0;
+    for (; c + 16 <= cols; c += 16) {
+      transpose_16x16(in + r * in_stride + c, in_stride, out + c * out_stride + r, out_stride);
+    }
+    for (; c < cols; c++) {
+      for (int64_t i = r; i < r + 16; i++) {
+        out[c * out_stride + i] = in[i * in_stride + c];
+      }
+    }
+  }
+  for (; r < rows; r++) {
+    for (int64_t c = 0; c < cols; c++) {
+      out[c * out_stride + r] = in[r * in_stride + c];
+    }
+  }
+}
+
+static void merge(double count, double* mean, double* m2, double tile_count, Moments tile, int64_t channels) {
+  const double total = count + tile_count, weight = tile_count / total, cross = count * weight;
+  const double per_row = 1.0 / tile_count;
+  for (int64_t c = 0; c < channels; c++) {
+    const double s = tile.s[c];
+    const double tile_m2 = (double)tile.q[c] - s * s * per_row;
+    const double delta = (double)tile.pivot[c] + s * per_row - mean[c];
+    mean[c] += delta * weight;
+    m2[c] += (tile_m2 < 0 ? 0 : tile_m2) + delta * delta * cross;
+  }
+}
+
+static void add(double* total, const float* part, int64_t channels) {
+  for (int64_t c = 0; c < channels; c++) {
+    total[c] += part[c];
+  }
+}
