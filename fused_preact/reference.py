@@ -1,6 +1,6 @@
 """The operations in plain PyTorch: what every kernel is checked against, and what serves where none is.
 
-A *site* is BN -> ReLU -> convolution. Its forward and its closed-form backward are made of the ten
+A *site* is BN -> ReLU -> convolution. Its forward and its closed-form backward are made of the
 functions below, each with the signature of the op of the same name in :mod:`fused_preact.ops` and of the
 launcher of the same name in ``fused_preact.kernels.triton``. :mod:`fused_preact.schedule` chains them into
 a whole residual unit. All of them take any floating dtype; float64 makes them the oracle.
@@ -244,10 +244,11 @@ def conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backward of a site: g (with ``apply`` dx instead), sum g, sum g (x - mu), dW.
 
-    ``bn`` is scale, shift, mean and rstd of the site's BN. ``dy`` is the gradient of the convolution's output y, or,
-    with ``pending``, the g of the BN behind it: y and that BN's mean, scale, rstd, sum g and sum g (y - mu), the two
-    sums only if it normalised with the statistics of the batch; see :func:`bn_backward_apply`. ``da`` is as in
-    :func:`conv_dgrad`. ``training`` and ``residual_grad`` serve ``apply``; without ``weight_grad`` dW has no elements.
+    ``bn`` is scale, shift, mean and rstd of the site's BN. ``dy`` is the gradient of the convolution's output
+    y, or, with ``pending``, the g of the BN behind it: y and that BN's mean, scale, rstd, sum g and
+    sum g (y - mu), the two sums only if it normalised with the statistics of the batch; see
+    :func:`bn_backward_apply`. ``da`` is as in :func:`conv_dgrad`. ``training`` and ``residual_grad`` serve
+    ``apply``; without ``weight_grad`` dW has no elements.
     """
     scale, shift, mean, rstd = bn
     conv = (stride, padding, dilation, groups)

@@ -6,8 +6,9 @@ backward below chain them. With ``reference`` as the backend they are the refere
 Schedule "c2": each convolution's epilogue reduces the statistics of what it stores for the next BN and the
 identity is added in the last epilogue. In backward there is one operation per site; what it hands to the site
 before it is the masked g, and that site applies the BN gradient on load. Only at the unit's input is the BN
-gradient applied and stored, with the identity's gradient added. Kept between forward and backward are ``x``, the raw convolution outputs inside the
-unit, per-channel vectors and the parameters; nothing else has the size of an activation.
+gradient applied and stored, with the identity's gradient added. Kept between forward and backward are ``x``,
+the raw convolution outputs inside the unit, per-channel vectors and the parameters; nothing else has the size
+of an activation.
 """
 
 from __future__ import annotations

@@ -1,27 +1,11 @@
 #include "common.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
 
 namespace fused_preact {
-
-Tensor empty_nhwc(at::IntArrayRef shape, const Tensor& like) {
-  Tensor out = at::empty(shape, like.options(), at::MemoryFormat::ChannelsLast);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + out.nbytes()) / kPage * kPage;
-  if (last >= first + 2 * kPage) {
-    // Advice: where the kernel declines it, small pages serve.
-    static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
-  }
-#endif
-  return out;
-}
 
 float* thread_scratch(int64_t floats) {
   struct Free {

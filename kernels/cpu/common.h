@@ -57,8 +57,7 @@ inline Tensor like_input(const Tensor& out, const Tensor& x) {
   return x.is_contiguous(at::MemoryFormat::ChannelsLast) ? out : out.contiguous();
 }
 
-// Uninitialised and channels_last, on huge pages where it is large: first touches of 52 MB take 39 ms with 4 KiB
-// pages and 14 ms with huge ones (measured on a virtual machine; docs/cpu.md).
+// Uninitialised and channels_last, on huge pages where it is large (allocation.cpp).
 Tensor empty_nhwc(at::IntArrayRef shape, const Tensor& like);
 
 // A [C] vector as contiguous floats.

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   const Grid grid = shape.forward_grid();
   const PackedWeights packed = pack_forward(weight);
   const Tiling tiling(grid, packed.depth, packed.columns);
-  const Tasks tasks(packed, tiling, shape.n * shape.h * shape.w * packed.depth, 1);
+  const Tasks tasks(packed, tiling);
   const Tensor y = empty_nhwc({shape.n, shape.k, shape.oh, shape.ow}, x);
   std::optional<PartMoments> statistics;
   if (stats) {

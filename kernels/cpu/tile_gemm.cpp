@@ -109,6 +109,7 @@ namespace {
 // Scratch that leaves room in a 2 MiB (1 MiB on older processors) second-level cache for a panel of weights.
 constexpr int64_t kLeftFloats = 64 * 1024;
 constexpr int64_t kChunkDepth = 1152;
+// Weights and accumulator of a block, where both stay in that cache.
 constexpr int64_t kResidentFloats = 320 * 1024;
 
 // The window's height and width where the taps are a dense rectangle in ascending order, else zeros.
@@ -165,11 +166,10 @@ Tiling::Tiling(const Grid& grid, int64_t depth, int64_t columns) {
   tiles = (grid.pixels() + rows - 1) / rows;
 }
 
-Tasks::Tasks(const PackedWeights& weights, const Tiling& tiling, int64_t source_floats, int64_t resident)
-    : panels(weights.panels()), tiles(tiling.tiles) {
-  const int64_t threads = at::get_num_threads(), panel = resident * weights.taps * weights.depth * PackedWeights::kPanel;
-  blocks = 1;
-  if (panels * panel > kResidentFloats) {
+Tasks::Tasks(const PackedWeights& weights, const Tiling& tiling, int64_t source_floats)
+    : panels(weights.panels()), blocks(1), tiles(tiling.tiles) {
+  const int64_t threads = at::get_num_threads(), panel = 2 * weights.taps * weights.depth * PackedWeights::kPanel;
+  if (source_floats > 0 && panels * panel > kResidentFloats) {
     const int64_t fitting = std::max<int64_t>(1, kResidentFloats / panel);
     const int64_t wanted = std::min(panels, round_up((panels + fitting - 1) / fitting, threads));
     // What a thread reads from beyond its cache: its share of the source once per block and the weights once, or its
