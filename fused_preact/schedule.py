@@ -217,4 +217,5 @@ def _applied(k: Any, g: Tensor, pending: list[Tensor]) -> Tensor:
     """The gradient that ``g`` and ``pending`` (see :func:`reference.conv_backward`) stand for."""
     x, mean, scale, rstd, *sums = pending
     sum_g, sum_gx = sums or (mean, mean)
-    return k.bn_backward_apply(g, x, mean, scale, rstd, sum_g, sum_gx, bool(sums), None)
+    dx: Tensor = k.bn_backward_apply(g, x, mean, scale, rstd, sum_g, sum_gx, bool(sums), None)
+    return dx

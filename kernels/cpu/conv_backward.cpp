@@ -13,29 +13,6 @@
 
 namespace fused_preact {
 
-void WgradSum::finish(const Grid& grid, const Tensor& dweight) const {
-  const int64_t ranges = sums.size(0), size = channels * width, k = dweight.size(0);
-  const int64_t row_floats = dweight.size(1) * channels, taps = width / depth;
-  float *sum = sums.data_ptr<float>(), *to = dweight.data_ptr<float>();
-  // Pieces of 16 columns of one tap: added up, then turned.
-  const int64_t pieces = (k + kLanes - 1) / kLanes;
-  at::parallel_for(0, taps * pieces, 1 + (1 << 14) / (channels * kLanes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t tap = i / pieces, first = i % pieces * kLanes, count = std::min(kLanes, k - first);
-      float* piece = sum + tap * depth + first;
-      for (int64_t range = 1; range < ranges; range++) {
-        for (int64_t c = 0; c < channels; c++) {
-          for (int64_t j = 0; j < count; j++) {
-            piece[c * width + j] += piece[range * size + c * width + j];
-          }
-        }
-      }
-      common_loops().transpose(
-          piece, width, channels, count, to + first * row_floats + grid.taps[tap].index * channels, row_floats);
-    }
-  });
-}
-
 namespace {
 
 // Rows of the transposed activation: the pixels of a tile, those between two rows of a band, up to 15 zeros.
@@ -88,25 +65,32 @@ struct JointEpilogue : DgradEpilogue<T> {
   }
 };
 
-// The BN behind the convolution, whose backward is applied on load.
+// The BN behind the convolution, whose backward makes dy: see `pending` in fused_preact/reference.py.
 struct Behind {
-  Tensor y, mean;
-  Coefficients k;
+  Tensor y, mean, scale, rstd, sum_g, sum_gx;
+  bool batch; // it normalised with the statistics of the batch; else the sums are not read
 
-  Behind(const at::TensorList pending)
-      : y(nhwc(pending[0])), mean(floats(pending[1])),
-        k(pending[2], pending[3], pending.size() > 4 ? pending[4] : pending[2],
-          pending.size() > 5 ? pending[5] : pending[2], y.numel() / y.size(1), pending.size() > 5) {}
+  explicit Behind(at::TensorList pending) {
+    TORCH_CHECK_VALUE(
+        pending.size() == 4 || pending.size() == 6, "conv_backward: pending has ", pending.size(),
+        " tensors, allowed are 0, 4 (y, mean, scale, rstd) and 6 (and sum_g, sum_gx)");
+    batch = pending.size() == 6;
+    y = pending[0];
+    mean = pending[1];
+    scale = pending[2];
+    rstd = pending[3];
+    sum_g = pending[batch ? 4 : 1];
+    sum_gx = pending[batch ? 5 : 1];
+  }
 
-  template <typename T>
-  Pending<T> on_load() const {
-    return {y.const_data_ptr<T>(), k.a(), k.b(), k.c(), pointer(mean)};
+  Tensor applied(const Tensor& g) const {
+    return bn_backward_apply(g, y, mean, scale, rstd, sum_g, sum_gx, batch, std::nullopt);
   }
 };
 
 // Whether one pass serves both products. With 4 MiB of weights and more a block of columns whose weights and
 // accumulator fit the second-level cache is so narrow that gathering dy for each costs more than a second pass over it:
-// ResNet-50's 1x1 512 -> 2048 and 3x3 of 512 channels took 16.8 and 37.0 ms apart, 19.4 and 40.8 ms joint.
+// ResNet-50's 1x1 512 -> 2048 took 16.8 ms apart and 19.4 joint, its 3x3 of 512 channels at 7x7 41.6 and 45.3.
 bool takes_one_pass(const Tensor& weight, bool weight_grad) {
   return weight_grad && weight.numel() < (1 << 20);
 }
@@ -116,14 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> one_by_one(
     const Tensor& dy_, at::TensorList pending, const Tensor& weight, const Tensor& x, at::TensorList bn,
     const OptionalTensor& da, const OptionalTensor& residual_grad, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad) {
-  Tensor dy = dy_;
-  if (!pending.empty()) {
-    const bool batch = pending.size() > 5;
-    dy = bn_backward_apply(
-        dy_, pending[0], pending[1], pending[2], pending[3], pending[batch ? 4 : 2], pending[batch ? 5 : 2], batch,
-        std::nullopt);
-  }
-  Tensor dweight = weight_grad ? conv_wgrad(dy, x, bn[0], bn[1], weight, stride, padding, dilation, groups)
+  const Tensor dy = pending.empty() ? dy_ : Behind(pending).applied(dy_);
+  const Tensor dweight = weight_grad ? conv_wgrad(dy, x, bn[0], bn[1], weight, stride, padding, dilation, groups)
                                : at::empty({0}, weight.options());
   auto [g, sum_g, sum_gx] =
       conv_dgrad(dy, weight, x, bn[0], bn[1], bn[2], da, stride, padding, dilation, groups);
@@ -158,9 +136,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(
   const Tensor scale = floats(bn[0]), shift = floats(bn[1]), mean = floats(bn[2]);
   const ConvShape shape(x.sizes(), weight.sizes(), stride, padding, dilation);
   const Tensor g = empty_nhwc(x.sizes(), x);
-  std::optional<Behind> behind;
+  Tensor y, y_mean;
+  std::optional<Coefficients> on_load;
   if (!pending.empty()) {
-    behind.emplace(pending);
+    const Behind behind(pending);
+    y = nhwc(behind.y);
+    y_mean = floats(behind.mean);
+    on_load.emplace(
+        behind.scale, behind.rstd, behind.sum_g, behind.sum_gx, y.numel() / shape.k, behind.batch);
   }
   PartSums sum_g(at::get_num_threads(), shape.c), sum_gx(at::get_num_threads(), shape.c);
   // Zeros where a tap reaches no pixel at all.
@@ -174,8 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(
     const int64_t transposed = transposed_stride(grid, tiling);
     FUSED_PREACT_DISPATCH(dtype, "conv_backward", [&] {
       Source<scalar_t> source{dy.const_data_ptr<scalar_t>(), shape.k};
-      if (behind.has_value()) {
-        source.pending = behind->on_load<scalar_t>();
+      if (on_load.has_value()) {
+        source.pending = {y.const_data_ptr<scalar_t>(), on_load->a(), on_load->b(), on_load->c(), pointer(y_mean)};
       }
       const JointEpilogue<scalar_t> epilogue{
           {x.const_data_ptr<scalar_t>(), data<scalar_t>(da), g.mutable_data_ptr<scalar_t>(), shape.c,

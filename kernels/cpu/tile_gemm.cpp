@@ -7,7 +7,7 @@
 namespace fused_preact {
 
 namespace {
-constexpr int64_t kDepthOfACall = 512;
+constexpr int64_t kDepthOfACall = 256;
 }
 
 
