@@ -223,7 +223,9 @@ def _network(
         for name in measured.samples:
             kernels = job.kernels(schedules[name])
             for phase in job.phases:
-                row = _row(setting, model, batch, name, phase, backend=serving if name in (OURS, OPTIMIZED) else "")
+                row = _row(
+                    setting, model, batch, name, phase, backend=serving if name in (OURS, OPTIMIZED) else ""
+                )
                 micro.fill(row, measured.samples, phase, BASE)
                 chosen = [k for k in kernels if phase in ("both", k.phase)]
                 row.floor_ms = results.number(top.ms(chosen))

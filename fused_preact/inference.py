@@ -114,7 +114,7 @@ class FoldedUnit(NamedTuple):
 
 
 def _foldable(unit: _PreActUnit) -> bool:
-    """Whether the unit is what its class says: plain children, running statistics, one dtype, no gradients in the way."""
+    """Whether the unit is what its class says: plain children, running statistics, one dtype."""
     sites = list(unit.sites())
     shortcut = unit.shortcut
     if (
@@ -184,7 +184,9 @@ def _run_sites(k: Any, units: list[FoldedUnit], x: Tensor) -> Tensor:
         added = x
         if unit.projection is not None:
             weight, bias, constants = unit.projection
-            added, _, _ = k.conv_fprop(x, unit.scale, unit.shift, weight, bias, None, *constants, False, False)
+            added, _, _ = k.conv_fprop(
+                x, unit.scale, unit.shift, weight, bias, None, *constants, False, False
+            )
         last = len(unit.convs) - 1
         affine: tuple[Tensor | None, Tensor | None] = (unit.scale, unit.shift)
         for index, (weight, bias, constants) in enumerate(unit.convs):
@@ -259,11 +261,21 @@ class _Watched:
         modules = list(root.modules())
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         self.hooks = [getattr(m, name) for m in modules if m is not root for name in hooks]
+        self.children = [(m._modules, len(m._modules)) for m in modules]
         self.objects: list[tuple[dict[str, Any], str, Any]] = []
         self.tensors: list[tuple[Tensor, int, int, Tensor]] = []
         for module in modules:
             state = module.__dict__
-            constants = ("eps", "stride", "padding", "dilation", "groups", "padding_mode", "fused", "training")
+            constants = (
+                "eps",
+                "stride",
+                "padding",
+                "dilation",
+                "groups",
+                "padding_mode",
+                "fused",
+                "training",
+            )
             self.objects += [(state, name, state[name]) for name in constants if name in state]
             for place in ("_parameters", "_buffers", "_modules"):
                 self.objects += [(state[place], name, value) for name, value in state[place].items()]
@@ -274,8 +286,12 @@ class _Watched:
 
     def unchanged(self) -> bool:
         """Whether every module, tensor and constant is the one it was, and no tensor has been written to."""
-        return all(place.get(name, self) is value for place, name, value in self.objects) and all(
-            t._version == version and t.data_ptr() == address for t, version, address, _ in self.tensors
+        return (
+            all(place.get(name, self) is value for place, name, value in self.objects)
+            and all(len(place) == count for place, count in self.children)
+            and all(
+                t._version == version and t.data_ptr() == address for t, version, address, _ in self.tensors
+            )
         )
 
 
@@ -302,7 +318,9 @@ class _Chain:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The output, or None where the units have to run one by one."""
-        if type(x) is not Tensor or x.dim() != 4 or x.numel() == 0 or forward_ad._current_level >= 0:
+        if type(x) is not Tensor or x.dim() != 4 or x.numel() == 0:
+            return None
+        if torch.jit.is_tracing() or forward_ad._current_level >= 0:
             return None
         state = self._current()
         if state is None or any(state.watched.hooks):
@@ -313,7 +331,7 @@ class _Chain:
             return None
         scale = state.units[0].scale
         dtype = _autocast_dtype(x)
-        if x.device != scale.device or x.shape[1] != len(scale) or x.dtype != state.dtype and dtype is None:
+        if x.device != scale.device or x.shape[1] != len(scale) or (x.dtype != state.dtype and dtype is None):
             return None
         outer = memory_format_of(x)
         x = to_native_format(x if dtype is None else x.to(dtype))

@@ -1,9 +1,6 @@
 // unit_chain_pack: the folded weights of a chain as one buffer of panels and vectors.
 #include "chain.h"
 
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/ones.h>
-
 #include "tile_gemm.h"
 
 namespace fused_preact {
@@ -84,8 +81,10 @@ Chain::Chain(at::IntArrayRef spec) : ones(0), floats(0) {
 // weight and the tail bias where there are any. Weights are [K,C,R,S].
 Tensor unit_chain_pack(at::TensorList tensors, at::IntArrayRef spec) {
   const Chain chain(spec);
-  const Tensor packed = at::zeros({chain.floats}, at::kFloat);
+  const Tensor packed = at::empty({chain.floats}, at::kFloat);
   float* out = packed.mutable_data_ptr<float>();
+  ask_for_huge_pages(out, packed.nbytes());
+  std::memset(out, 0, packed.nbytes());
   size_t at = 0;
   const auto next = [&]() -> const Tensor& {
     TORCH_CHECK(at < tensors.size(), "tensors: got ", tensors.size(), ", allowed are as many as spec describes");

@@ -8,17 +8,26 @@
 
 namespace fused_preact {
 
-Tensor empty_nhwc(at::IntArrayRef shape, const Tensor& like) {
-  Tensor out = at::empty(shape, like.options(), at::MemoryFormat::ChannelsLast);
+namespace {
+
+constexpr uintptr_t kPage = 2 << 20;
+
+} // namespace
+
+void ask_for_huge_pages(void* memory, size_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + out.nbytes()) / kPage * kPage;
+  const auto begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
   if (last >= first + 2 * kPage) {
     // Advice: where the kernel declines it, small pages serve.
     static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
   }
 #endif
+}
+
+Tensor empty_nhwc(at::IntArrayRef shape, const Tensor& like) {
+  Tensor out = at::empty(shape, like.options(), at::MemoryFormat::ChannelsLast);
+  ask_for_huge_pages(out.mutable_data_ptr(), out.nbytes());
   return out;
 }
 
@@ -31,9 +40,14 @@ float* thread_scratch(int64_t floats) {
   static thread_local std::unique_ptr<float, Free> buffer;
   static thread_local int64_t size = 0;
   if (floats > size) {
-    size = round_up(floats, 1024);
+    // A large one begins with a huge page: with small ones its addresses alone fill the processor's tables of pages.
+    const bool large = floats * sizeof(float) >= 2 * kPage;
+    size = round_up(floats, large ? kPage / sizeof(float) : 1024);
     buffer.reset();
-    buffer.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
+    buffer.reset(static_cast<float*>(std::aligned_alloc(large ? kPage : 64, size * sizeof(float))));
+    if (large && buffer) {
+      ask_for_huge_pages(buffer.get(), size * sizeof(float));
+    }
     if (!buffer) {
       size = 0;
       throw std::bad_alloc();

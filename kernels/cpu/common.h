@@ -57,6 +57,9 @@ inline Tensor like_input(const Tensor& out, const Tensor& x) {
   return x.is_contiguous(at::MemoryFormat::ChannelsLast) ? out : out.contiguous();
 }
 
+// Advice about memory that is yet to be touched, where it holds whole huge pages.
+void ask_for_huge_pages(void* memory, size_t bytes);
+
 // Uninitialised and channels_last, on huge pages where it is large: first touches of 52 MB take 39 ms with 4 KiB
 // pages and 14 ms with huge ones (measured on a virtual machine; docs/cpu.md).
 Tensor empty_nhwc(at::IntArrayRef shape, const Tensor& like);

@@ -144,8 +144,8 @@ def conv_fprop(
     """y = conv(max(s x + t, 0), W) + bias + residual, and the mean and biased variance of the stored y.
 
     ``x`` [N,C,H,W], ``weight`` [K,C,R,S], ``residual`` like y [N,K,OH,OW]; ``groups`` is 1. float32, bfloat16 or
-    float16. Without ``stats`` the two statistics are empty. Without ``scale`` and ``shift`` the convolution reads x as
-    it is; with ``relu`` it is max(conv(.) + bias, 0) + residual.
+    float16. Without ``stats`` the two statistics are empty. Without ``scale`` and ``shift`` the convolution reads x
+    as it is; with ``relu`` it is max(conv(.) + bias, 0) + residual.
     """
     source, x, weight = x, channels_last(x), channels_last(weight)
     n, channels, height, width = x.shape
