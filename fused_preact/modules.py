@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from .functional import BatchNorm, Convolution, Statistics, preact_conv2d, residual_unit
 
-__all__ = ["IdentityProjection", "PreActBasicBlock", "PreActBottleneck", "PreActConv2d", "PreActSequential"]
+__all__ = [
+    "IdentityProjection",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActConv2d",
+    "PreActSequential",
+    "Stem",
+]
 
 
 def _conv(
@@ -53,6 +60,19 @@ def may_skip_calls(children: Iterable[nn.Module]) -> bool:
 Folded = Callable[[Tensor], Tensor | None]
 """What :mod:`fused_preact.inference` hangs on a unit or a sequence of them: runs it with folded weights, or returns
 None where the modules have to run."""
+
+
+class Stem(nn.Sequential):
+    """What comes before the first unit: a convolution, and max-pooling or nothing. [N,C,H,W] -> [N,K,H',W']."""
+
+    _folded: Folded | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._folded is not None and not torch.compiler.is_compiling():
+            output = self._folded(input)
+            if output is not None:
+                return output
+        return super().forward(input)
 
 
 class PreActConv2d(nn.Module):

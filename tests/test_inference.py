@@ -24,6 +24,7 @@ from fused_preact import (
     optimize_for_inference,
     undo_optimize_for_inference,
 )
+from fused_preact.modules import Stem
 
 COMPILED = pytest.mark.skipif(ops._cpu_missing is not None, reason=str(ops._cpu_missing))
 BACKENDS = pytest.mark.parametrize(
@@ -222,6 +223,52 @@ def test_one_operation_serves_the_whole_chain(monkeypatch: pytest.MonkeyPatch) -
     assert len(called) == 1
 
 
+STEMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "imagenet": (
+        lambda: Stem(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)),
+        (2, 3, 37, 30),
+    ),
+    "bias-and-tails": (lambda: Stem(nn.Conv2d(2, 70, 3, 1, 1), nn.MaxPool2d(2)), (3, 2, 9, 12)),
+    "one-pixel": (lambda: Stem(nn.Conv2d(3, 5, 3, padding=1), nn.MaxPool2d(3, 2, 1)), (1, 3, 1, 1)),
+    "strides-beyond-windows": (lambda: Stem(nn.Conv2d(2, 5, 2, 3), nn.MaxPool2d(1, 2)), (2, 2, 20, 17)),
+}
+
+
+@COMPILED
+@FORMATS
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+@pytest.mark.parametrize("name", STEMS)
+def test_stems(name: str, dtype: torch.dtype, memory_format: Any) -> None:
+    build, shape = STEMS[name]
+    # The unit makes it a model of ours.
+    model = nn.Sequential(build(), PreActBasicBlock(1, 1)).eval().to(dtype)
+    stem: Any = model[0]
+    x = torch.randn(shape).to(dtype, memory_format=memory_format)
+    oracle, eager = copy.deepcopy(stem).double()(x.double()), stem(x)
+    optimize_for_inference(model)
+    stem(torch.full_like(x, float("nan")))
+    y = stem(x)
+    assert stem._folded._state is not None
+    assert_within_policy("y", y, eager, oracle)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=memory_format)
+    stem[0].weight.mul_(2)
+    assert not torch.equal(stem(x), y), "a changed weight is seen"
+
+
+@COMPILED
+def test_stem_of_the_whole_range() -> None:
+    """A NaN wins in the pool as in PyTorch's, and nothing else sees it; infinities are values."""
+    stem: Any = Stem(nn.Conv2d(1, 3, 1), nn.MaxPool2d(3, 2, 1)).eval()
+    x = torch.randn(2, 1, 9, 9)
+    x[0, 0, 4, 4], x[1, 0, 0, 0] = float("nan"), -float("inf")
+    expected = stem(x)
+    y = optimize_for_inference(nn.Sequential(stem, PreActBasicBlock(1, 1)).eval())[0](x)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
 def test_float64_and_groups_take_the_reference() -> None:
     model, x = make("sequence")
     compare(model.double(), x.double())
@@ -349,7 +396,8 @@ def as_before(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> T
     def refuse(*args: Any) -> None:
         raise AssertionError("a folded chain ran")
 
-    monkeypatch.setattr(inference, "_run", refuse)
+    monkeypatch.setattr(inference, "run_chain", refuse)
+    monkeypatch.setattr(inference, "run_stem", refuse)
     return model(x)
 
 
