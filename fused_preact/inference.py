@@ -9,6 +9,7 @@ after anything that they depend on has changed.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -95,9 +96,13 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 # --- when it may run --------------------------------------------------------------------------------------------
 
 
-_CONSTANTS = ("eps", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_CONSTANTS += ("ceil_mode", "return_indices", "fused", "training")
+_MODES = ("fused", "training", "eps", "padding_mode", "ceil_mode", "return_indices")
+_CONSTANTS = (*_MODES, "kernel_size", "stride", "padding", "dilation", "groups")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _places(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
 
 
 class _Watched:
@@ -106,27 +111,30 @@ class _Watched:
     def __init__(self, root: nn.Module) -> None:
         modules = list(root.modules())
         self.hooks = [getattr(m, name) for m in modules if m is not root for name in _HOOKS]
-        self.children = [(m._modules, len(m._modules)) for m in modules]
-        self.objects: list[tuple[dict[str, Any], str, Any]] = []
-        self.tensors: list[tuple[Tensor, int, int, Tensor]] = []
-        for module in modules:
-            state = module.__dict__
-            self.objects += [(state, name, state[name]) for name in _CONSTANTS if name in state]
-            for place in ("_parameters", "_buffers", "_modules"):
-                self.objects += [(state[place], name, value) for name, value in state[place].items()]
-            for name, tensor in [*state["_parameters"].items(), *state["_buffers"].items()]:
-                if tensor is not None and name != "num_batches_tracked":
-                    # The alias keeps the storage alive: its address cannot come back as another one's.
-                    self.tensors.append((tensor, tensor._version, tensor.data_ptr(), tensor.detach()))
+        self.children = [m._modules for m in modules]
+        self.counts = list(map(len, self.children))
+        places: list[tuple[dict[str, Any], tuple[str, ...]]] = [(m.__dict__, _CONSTANTS) for m in modules]
+        places += [(d, tuple(d)) for m in modules for d in _places(m)]
+        self.places = [place for place, names in places for name in names if name in place]
+        self.names = [name for place, names in places for name in names if name in place]
+        self.objects = list(map(dict.get, self.places, self.names))
+        named = [*root.named_parameters(), *root.named_buffers()]
+        self.tensors = [t for name, t in named if not name.endswith("num_batches_tracked")]
+        self.versions = [t._version for t in self.tensors]
+        self.addresses = [t.data_ptr() for t in self.tensors]
+        # Aliases keep the storages alive: their addresses cannot come back as those of others.
+        self.aliases = [t.detach() for t in self.tensors]
 
     def unchanged(self) -> bool:
-        """Whether every module, tensor and constant is the one it was, and no tensor has been written to."""
+        """Whether every module, tensor and constant is the one it was, and no tensor has been written to.
+
+        In whole lists, since it precedes each call: some thousand comparisons for ResNet-164.
+        """
         return (
-            all(place.get(name, self) is value for place, name, value in self.objects)
-            and all(len(place) == count for place, count in self.children)
-            and all(
-                t._version == version and t.data_ptr() == address for t, version, address, _ in self.tensors
-            )
+            all(map(operator.is_, map(dict.get, self.places, self.names), self.objects))
+            and list(map(len, self.children)) == self.counts
+            and [t._version for t in self.tensors] == self.versions
+            and [t.data_ptr() for t in self.tensors] == self.addresses
         )
 
 
@@ -160,9 +168,7 @@ class _Folded:
         state = self._current()
         if state is None or any(state.watched.hooks):
             return None
-        if torch.is_grad_enabled() and any(
-            t.requires_grad for t in (x, *(entry[0] for entry in state.watched.tensors))
-        ):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state.watched.tensors)):
             return None
         dtype = _autocast_dtype(x)
         if (x.device, x.shape[1]) != (state.device, state.channels) or (
@@ -194,7 +200,7 @@ def _fold(root: nn.Module) -> _State | None:
         if not foldable_stem(root):
             return None
         weight: Any = root[0].weight
-        run = functools.partial(run_stem, root, made)
+        run: Callable[[Tensor], Tensor | None] = functools.partial(run_stem, root, made)
     else:
         units = [unit for unit in _leaves(root) if isinstance(unit, _PreActUnit) and foldable_unit(unit)]
         if not units or len(units) < len(list(_leaves(root))):
