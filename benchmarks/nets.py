@@ -17,7 +17,7 @@ from fused_preact.modules import _PreActUnit
 from . import correct, counting, kinds, measure, micro, networks, peers, results, roofline
 from .measure import Candidate
 from .options import Setting
-from .peers import BASE, OURS, Peer
+from .peers import BASE, OPTIMIZED, OURS, Peer
 from .results import Row
 
 BARE = "bare convolutions"
@@ -122,7 +122,8 @@ class Inference:
     def prepare(self, peer: Peer, eager: list[Tensor]) -> tuple[Candidate, str | None]:
         """The peer's candidate, and what is wrong with its logits."""
         net = copy.deepcopy(self.net).to(memory_format=peer.memory_format)
-        fuse(net, peer.name == OURS)
+        ours = peer.name in (OURS, OPTIMIZED)
+        fuse(net, ours)
         images = self.images.contiguous(memory_format=peer.memory_format)
         function = peer.prepare(net, images, self.setting)
 
@@ -133,7 +134,7 @@ class Inference:
         logits = forward(0).double().clone()
         if peer.name == BASE:
             eager.append(logits)
-        factor = correct.OURS if peer.name == OURS else correct.PEER
+        factor = correct.OURS if ours else correct.PEER
         dtype = self.setting.torch_dtype
         return Candidate(peer.name, forward), _logits_problem(logits, eager[0], self.oracle, dtype, factor)
 
@@ -222,7 +223,9 @@ def _network(
         for name in measured.samples:
             kernels = job.kernels(schedules[name])
             for phase in job.phases:
-                row = _row(setting, model, batch, name, phase, backend=serving if name == OURS else "")
+                row = _row(
+                    setting, model, batch, name, phase, backend=serving if name in (OURS, OPTIMIZED) else ""
+                )
                 micro.fill(row, measured.samples, phase, BASE)
                 chosen = [k for k in kernels if phase in ("both", k.phase)]
                 row.floor_ms = results.number(top.ms(chosen))

@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import fused_preact
+
 from .networks import CHANNELS_LAST
 from .options import Setting
 
 BASE = "eager channels_last"
 OURS = "fused"
+OPTIMIZED = "fused optimized"
 Function = Callable[[Tensor], Tensor]
 
 
@@ -45,6 +48,10 @@ def missing(peer: Peer) -> str | None:
 
 def _as_is(net: nn.Module, x: Tensor, setting: Setting) -> Function:
     return net
+
+
+def _optimized(net: nn.Module, x: Tensor, setting: Setting) -> Function:
+    return fused_preact.optimize_for_inference(net)
 
 
 def _compiled(mode: str | None) -> Callable[[nn.Module, Tensor, Setting], Function]:
@@ -162,6 +169,7 @@ def training(setting: Setting) -> list[Peer]:
 def inference(setting: Setting) -> list[Peer]:
     """The peers of inference that were asked for; the base is always among them."""
     found = [*_EAGER, Peer("inductor frozen", _frozen, "pointwise"), _OURS]
+    found += [Peer(OPTIMIZED, _optimized, "c1")]
     if setting.device == "cuda":
         found += [_TUNED, *_gpu_only(("cuDNN frontend", "cudnn"), ("FlagGems", "flag_gems"))]
     else:

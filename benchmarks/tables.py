@@ -199,7 +199,7 @@ def summary(rows: list[Row]) -> list[str]:
     for key, found in groups([r for r in rows if r.command in ("step", "infer")], setting).items():
         for command, phase in (("step", "both"), ("infer", "forward")):
             by = {r.candidate: r for r in found if (r.command, r.phase) == (command, phase)}
-            ours = by.get("fused")
+            ours = by.get("fused optimized", by.get("fused"))
             if ours is None or not ours.p50:
                 continue
             model, dtype, batch, device, hardware, _ = key

@@ -9,6 +9,7 @@ Importing the package imports torch, no Triton, and touches no device.
 
 from . import functional, models
 from .functional import Statistics
+from .inference import optimize_for_inference, undo_optimize_for_inference
 from .modules import (
     IdentityProjection,
     PreActBasicBlock,
@@ -28,7 +29,9 @@ __all__ = [
     "backend",
     "functional",
     "models",
+    "optimize_for_inference",
     "serving_backend",
+    "undo_optimize_for_inference",
 ]
 
 __version__ = "0.1.0"

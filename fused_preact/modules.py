@@ -7,7 +7,7 @@ the same children one by one: that is the plain model, with the same state dict.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from .functional import BatchNorm, Convolution, Statistics, preact_conv2d, residual_unit
 
-__all__ = ["IdentityProjection", "PreActBasicBlock", "PreActBottleneck", "PreActConv2d", "PreActSequential"]
+__all__ = [
+    "IdentityProjection",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActConv2d",
+    "PreActSequential",
+    "Stem",
+]
 
 
 def _conv(
@@ -48,6 +55,24 @@ def may_skip_calls(children: Iterable[nn.Module]) -> bool:
         or (isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.BatchNorm2d))
         for child in children
     )
+
+
+Folded = Callable[[Tensor], Tensor | None]
+"""What :mod:`fused_preact.inference` hangs on a unit or a sequence of them: runs it with folded weights, or returns
+None where the modules have to run."""
+
+
+class Stem(nn.Sequential):
+    """What comes before the first unit: a convolution, and max-pooling or nothing. [N,C,H,W] -> [N,K,H',W']."""
+
+    _folded: Folded | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._folded is not None and not torch.compiler.is_compiling():
+            output = self._folded(input)
+            if output is not None:
+                return output
+        return super().forward(input)
 
 
 class PreActConv2d(nn.Module):
@@ -163,6 +188,7 @@ class _PreActUnit(nn.Module):
     """What the two units share; a subclass adds its sites as bn1, conv1, bn2, conv2, ... and ``shortcut``."""
 
     shortcut: nn.Module | None
+    _folded: Folded | None = None
 
     def sites(self) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
         """The unit's (bn, conv) pairs, in order."""
@@ -182,6 +208,10 @@ class _PreActUnit(nn.Module):
         Statistics are None where there are none to take or none wanted; they are then computed by the next
         reader of the tensor.
         """
+        if self._folded is not None and not torch.compiler.is_compiling():
+            output = self._folded(input)
+            if output is not None:
+                return output, None
         if not (self.fused and may_skip_calls(self.children())):
             return self._plain(input), None
         sites = [(BatchNorm.of(bn), Convolution.of(conv)) for bn, conv in self.sites()]
@@ -283,6 +313,8 @@ class PreActSequential(nn.Sequential):
     tensor alone; whoever reads its output next computes the statistics again.
     """
 
+    _folded: Folded | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         return self.forward_with_statistics(input, None, False)[0]
 
@@ -290,6 +322,10 @@ class PreActSequential(nn.Sequential):
         self, input: Tensor, statistics: Statistics | None = None, return_statistics: bool = True
     ) -> tuple[Tensor, Statistics | None]:
         """Forward that takes the statistics of its input and hands on those of its output, None where unknown."""
+        if self._folded is not None and not torch.compiler.is_compiling():
+            output = self._folded(input)
+            if output is not None:
+                return output, None
         x, last = input, len(self) - 1
         for index, module in enumerate(self):
             if isinstance(module, (_PreActUnit, PreActSequential)) and not has_hooks(module):

@@ -35,8 +35,8 @@ _SCHEMAS = {
     "bn_stats": "(Tensor x) -> (Tensor, Tensor)",
     "bn_scale_shift": "(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor, Tensor, Tensor)",
-    "conv_fprop": "(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, Tensor? residual,"
-    f" {_CONV}, bool stats) -> (Tensor, Tensor, Tensor)",
+    "conv_fprop": "(Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor? bias, Tensor? residual,"
+    f" {_CONV}, bool stats, bool relu=False) -> (Tensor, Tensor, Tensor)",
     "conv_dgrad": "(Tensor dy, Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? da,"
     f" {_CONV}) -> (Tensor, Tensor, Tensor)",
     "conv_wgrad": f"(Tensor dy, Tensor x, Tensor scale, Tensor shift, Tensor weight, {_CONV}) -> Tensor",
@@ -77,8 +77,8 @@ def _fake_bn_scale_shift(
 
 def _fake_conv_fprop(
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -87,6 +87,7 @@ def _fake_conv_fprop(
     dilation: list[int],
     groups: int,
     stats: bool,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = reference.conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     y = _empty_like(x, (x.shape[0], weight.shape[0], *size))

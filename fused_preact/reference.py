@@ -108,8 +108,8 @@ def bn_scale_shift(
 
 def conv_fprop(
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -118,18 +118,25 @@ def conv_fprop(
     dilation: Sequence[int],
     groups: int,
     stats: bool,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Y = conv(max(s x + t, 0), W) + bias + residual, and the mean and biased variance of the stored y.
 
     Zero padding is applied to the activated tensor, so a padded tap is 0 and not max(t, 0). With
-    ``stats=False`` the two statistics have no elements.
+    ``stats=False`` the two statistics have no elements. Inference folds BNs away: without ``scale`` and ``shift`` the
+    convolution reads x as it is, with ``relu`` it is max(conv(.) + bias, 0) + residual.
     """
-    y = F.conv2d(_activate(x, scale, shift), weight, bias, stride, padding, dilation, groups)
+    a = x if scale is None or shift is None else _activate(x, scale, shift)
+    bias = None if bias is None else bias.to(weight.dtype)
+    y = F.conv2d(a, weight, bias, stride, padding, dilation, groups)
+    if relu:
+        y = y.relu_()
     if residual is not None:
         y = y + residual
     y = y.contiguous(memory_format=memory_format_of(x))
     if not stats:
-        return y, scale.new_empty(0), scale.new_empty(0)
+        empty = torch.empty(0, dtype=statistics_dtype(x.dtype), device=x.device)
+        return y, empty, empty.clone()
     return y, *bn_stats(y)
 
 

@@ -183,6 +183,21 @@ def test_conv_fprop_epilogues(bias, residual, stats):
 
 
 @dtypes
+@pytest.mark.parametrize("prologue", [False, True], ids=["folded", "prologue"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_conv_fprop_for_folded_norms(prologue, bias, residual, dtype):
+    """Without the prologue x is read as it is; the ReLU comes after the bias and before the residual."""
+    for name in ("1x1", "1x1-expand", "1x1-wide", "3x3-band-odd", "3x3-stride2"):
+        # Statistics of 16-bit results are those of other rounded values than the oracle's.
+        args = Case(SHAPES[name], dtype).fprop(bias, residual, stats=dtype == torch.float32)
+        if not prologue:
+            args = (args[0], None, None, *args[3:])
+        y, _, _ = check("conv_fprop", ("y", "mean", "var"), (*args, True))
+        assert residual or bool((y >= 0).all())
+
+
+@dtypes
 @shapes
 def test_conv_dgrad(shape, dtype):
     case = Case(shape, dtype)

@@ -25,10 +25,12 @@ LAW: dict[str, set[str]] = {
     "autograd": {"ops", "schedule"},
     "functional": {"autograd", "ops", "reference", "schedule"},
     "modules": {"functional"},
+    "folding": {"functional", "modules", "ops", "reference"},
+    "inference": {"folding", "functional", "modules", "reference"},
     "models": {"modules", "functional"},
     "convert": {"modules"},
     "propagation": {"models"},
-    "fused_preact": {"functional", "modules", "models", "ops", "convert", "propagation"},
+    "fused_preact": {"functional", "modules", "models", "ops", "inference", "convert", "propagation"},
     "env": {"ops", "fused_preact"},
     "train": {"models", "fused_preact"},
 }

@@ -50,6 +50,27 @@ def test_conv_fprop(device: str, case: Case, dtype: torch.dtype, extras: bool) -
     assert_within_policy("var", var, eager_var, exact_var)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extras", [True, False], ids=["bias-residual", "bare"])
+@pytest.mark.parametrize("prologue", [True, False], ids=["prologue", "folded"])
+def test_conv_fprop_for_folded_norms(device: str, dtype: torch.dtype, extras: bool, prologue: bool) -> None:
+    """Without the prologue x is read as it is; the ReLU comes after the bias and before the residual."""
+    for case in (CASES[i].values[0] for i in (0, 1, 5)):
+        s = make_site(case, dtype, device)
+        d = s.double()
+        flags = (*s.constants, False, True)
+        affine = (s.scale, s.shift) if prologue else (None, None)
+        exact = (d.scale, d.shift) if prologue else (None, None)
+        added = (s.bias, s.residual) if extras else (None, None)
+        wide = (d.bias, d.residual) if extras else (None, None)
+        y, mean, var = triton_ops.conv_fprop(s.x, *affine, s.weight, *added, *flags)
+        eager, _, _ = reference.conv_fprop(s.x, *affine, s.weight, *added, *flags)
+        oracle, _, _ = reference.conv_fprop(d.x, *exact, d.weight, *wide, *flags)
+        assert_within_policy(case.id, y, eager, oracle)
+        assert mean.numel() == var.numel() == 0
+        assert extras or bool((y >= 0).all())
+
+
 @SITES
 @pytest.mark.parametrize("users", [1, 2], ids=["one-user", "two-users"])
 def test_conv_dgrad(device: str, case: Case, dtype: torch.dtype, users: int) -> None:

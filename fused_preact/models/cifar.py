@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..modules import PreActBasicBlock, PreActBottleneck
+from ..modules import PreActBasicBlock, PreActBottleneck, Stem
 from .network import PreActResNet, make_stage
 
 __all__ = [
@@ -48,7 +48,7 @@ def _cifar(
             stage = make_stage(PreActBasicBlock, channels, width, units, stride, first, fused=fused)
         stages.append(stage)
         channels = width
-    stem = nn.Sequential(nn.Conv2d(in_channels, 16, 3, padding=1, bias=False))
+    stem = Stem(nn.Conv2d(in_channels, 16, 3, padding=1, bias=False))
     return PreActResNet(stem, stages, channels, num_classes, fused)
 
 

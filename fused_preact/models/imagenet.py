@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..modules import PreActBasicBlock, PreActBottleneck
+from ..modules import PreActBasicBlock, PreActBottleneck, Stem
 from .network import PreActResNet, make_stage
 
 __all__ = [
@@ -50,7 +50,7 @@ def _imagenet(
             stage = make_stage(PreActBasicBlock, channels, width, count, stride, first, fused=fused)
         stages.append(stage)
         channels = width
-    stem = nn.Sequential(
+    stem = Stem(
         nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, stride=2, padding=1)
     )
     return PreActResNet(stem, stages, channels, num_classes, fused)

@@ -60,10 +60,7 @@ class LargeBlocks final : public c10::Allocator {
     if (data == nullptr) {
       throw std::bad_alloc();
     }
-#ifdef MADV_HUGEPAGE
-    // Advice: where the kernel declines it, small pages serve.
-    static_cast<void>(madvise(data, size, MADV_HUGEPAGE));
-#endif
+    ask_for_huge_pages(data, size);
     return {data, size};
   }
 
@@ -88,6 +85,17 @@ class LargeBlocks final : public c10::Allocator {
 
 } // namespace
 
+void ask_for_huge_pages(void* memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const auto begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+  if (last >= first + 2 * kPage) {
+    // Advice: where the kernel declines it, small pages serve.
+    static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
+  }
+#endif
+}
+
 Tensor empty_nhwc(at::IntArrayRef shape, const Tensor& like) {
   const size_t size = c10::multiply_integers(shape) * like.element_size();
   if (size > kLarge) {
@@ -96,13 +104,7 @@ Tensor empty_nhwc(at::IntArrayRef shape, const Tensor& like) {
         at::MemoryFormat::ChannelsLast);
   }
   Tensor out = at::empty(shape, like.options(), at::MemoryFormat::ChannelsLast);
-#ifdef MADV_HUGEPAGE
-  const auto begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + out.nbytes()) / kPage * kPage;
-  if (last >= first + 2 * kPage) {
-    static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
-  }
-#endif
+  ask_for_huge_pages(out.mutable_data_ptr(), out.nbytes());
   return out;
 }
 

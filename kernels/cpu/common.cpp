@@ -16,9 +16,14 @@ float* thread_scratch(int64_t floats) {
   static thread_local std::unique_ptr<float, Free> buffer;
   static thread_local int64_t size = 0;
   if (floats > size) {
-    size = round_up(floats, 1024);
+    // A large one begins with a huge page: with small ones its addresses alone fill the processor's tables of pages.
+    const bool large = floats * sizeof(float) >= 2 * kPage;
+    size = round_up(floats, large ? kPage / sizeof(float) : 1024);
     buffer.reset();
-    buffer.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
+    buffer.reset(static_cast<float*>(std::aligned_alloc(large ? kPage : 64, size * sizeof(float))));
+    if (large && buffer) {
+      ask_for_huge_pages(buffer.get(), size * sizeof(float));
+    }
     if (!buffer) {
       size = 0;
       throw std::bad_alloc();

@@ -57,7 +57,10 @@ inline Tensor like_input(const Tensor& out, const Tensor& x) {
   return x.is_contiguous(at::MemoryFormat::ChannelsLast) ? out : out.contiguous();
 }
 
-// Uninitialised and channels_last, on huge pages where it is large (allocation.cpp).
+// Advice about memory that is yet to be touched, where it holds whole huge pages (allocation.cpp).
+void ask_for_huge_pages(void* memory, size_t bytes);
+
+// Uninitialised and channels_last, on huge pages where it is large.
 Tensor empty_nhwc(at::IntArrayRef shape, const Tensor& like);
 
 // A [C] vector as contiguous floats.

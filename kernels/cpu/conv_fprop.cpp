@@ -1,4 +1,7 @@
-// conv_fprop: y = conv(max(s x + t, 0), W) + bias + residual, and the moments of the stored y.
+// conv_fprop: y = conv(max(s x + t, 0), W) + bias + residual, and the moments of the stored y. Without s and t the
+// convolution reads x as it is; with relu the sum with the bias is max(., 0), before the residual is added.
+#include <ATen/ops/ones.h>
+
 #include "ops.h"
 #include "split.h"
 #include "tile_gemm.h"
@@ -11,6 +14,7 @@ template <typename T>
 struct FpropEpilogue {
   static constexpr bool kSecondProduct = false;
   const float* bias;
+  const float* ones; // with a ReLU: the loop of the prologue is this epilogue's too
   const T* residual;
   T* y;
   int64_t channels;
@@ -35,9 +39,15 @@ struct FpropEpilogue {
         statistics == nullptr ? Moments{} : Moments{tile.pivot + at_tile, tile.s + at_tile, tile.q + at_tile};
     for (const Run& run : runs) {
       const int64_t at = run.dst_pixel * channels + c;
+      const float* acc = panel.acc + run.row * panel.acc_stride;
+      if (ones != nullptr) {
+        loops<float>().activate(
+            acc, panel.acc_stride, run.count, panel.channels, {ones + c, bias + c}, const_cast<float*>(acc),
+            panel.acc_stride);
+      }
       loops<T>().fprop_epilogue(
-          panel.acc + run.row * panel.acc_stride, panel.acc_stride, run.count, panel.channels,
-          bias == nullptr ? nullptr : bias + c, residual == nullptr ? nullptr : residual + at, y + at, channels,
+          acc, panel.acc_stride, run.count, panel.channels, bias == nullptr || ones != nullptr ? nullptr : bias + c,
+          residual == nullptr ? nullptr : residual + at, y + at, channels,
           moments, run.row == 0);
     }
   }
@@ -52,36 +62,44 @@ struct FpropEpilogue {
 } // namespace
 
 std::tuple<Tensor, Tensor, Tensor> conv_fprop(
-    const Tensor& x_, const Tensor& scale_, const Tensor& shift_, const Tensor& weight, const OptionalTensor& bias_,
-    const OptionalTensor& residual_, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    int64_t groups, bool stats) {
+    const Tensor& x_, const OptionalTensor& scale_, const OptionalTensor& shift_, const Tensor& weight,
+    const OptionalTensor& bias_, const OptionalTensor& residual_, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool stats, bool relu) {
   const bool same_dtype = weight.scalar_type() == x_.scalar_type() &&
       (!residual_.has_value() || residual_->scalar_type() == x_.scalar_type());
   if (!served(x_) || !same_dtype) {
     return call_reference<decltype(conv_fprop)>(
         "fused_preact::conv_fprop", x_, scale_, shift_, weight, bias_, residual_, stride, padding, dilation, groups,
-        stats);
+        stats, relu);
   }
   if (takes_split_path(x_, groups)) {
-    return split_fprop(x_, scale_, shift_, weight, bias_, residual_, stride, padding, dilation, groups, stats);
+    return split_fprop(x_, scale_, shift_, weight, bias_, residual_, stride, padding, dilation, groups, stats, relu);
   }
-  const Tensor x = nhwc(x_), scale = floats(scale_), shift = floats(shift_);
+  const bool prologue = scale_.has_value() && shift_.has_value();
+  const Tensor x = nhwc(x_), scale = prologue ? floats(*scale_) : Tensor(), shift = prologue ? floats(*shift_) : Tensor();
   const OptionalTensor residual = nhwc(residual_);
-  const Tensor bias = bias_.has_value() ? floats(*bias_) : Tensor();
+  Tensor bias = bias_.has_value() ? floats(*bias_) : Tensor();
   const ConvShape shape(x.sizes(), weight.sizes(), stride, padding, dilation);
   const Grid grid = shape.forward_grid();
   const PackedWeights packed = pack_forward(weight);
   const Tiling tiling(grid, packed.depth, packed.columns);
   const Tasks tasks(packed, tiling);
   const Tensor y = empty_nhwc({shape.n, shape.k, shape.oh, shape.ow}, x);
+  Tensor ones;
+  if (relu) {
+    ones = at::ones({shape.k}, at::kFloat);
+    bias = bias.defined() ? bias : at::zeros({shape.k}, at::kFloat);
+  }
   std::optional<PartMoments> statistics;
   if (stats) {
     statistics.emplace(tasks.ranges, shape.k);
   }
   FUSED_PREACT_DISPATCH(x.scalar_type(), "conv_fprop", [&] {
-    const Source<scalar_t> source{x.const_data_ptr<scalar_t>(), shape.c, {pointer(scale), pointer(shift)}};
+    const Source<scalar_t> source{
+        x.const_data_ptr<scalar_t>(), shape.c,
+        prologue ? Affine{pointer(scale), pointer(shift)} : Affine{nullptr, nullptr}};
     const FpropEpilogue<scalar_t> epilogue{
-        bias.defined() ? pointer(bias) : nullptr, data<scalar_t>(residual), y.mutable_data_ptr<scalar_t>(),
+        bias.defined() ? pointer(bias) : nullptr, relu ? pointer(ones) : nullptr, data<scalar_t>(residual), y.mutable_data_ptr<scalar_t>(),
         shape.k, stats ? &*statistics : nullptr};
     run_tiles(grid, source, packed, tiling, tasks, 3 * round_up(shape.k, kLanes), epilogue);
   });

@@ -99,6 +99,9 @@ struct CommonLoops {
   // Chan's formula: merge a tile of `tile_count` rows into (count, mean, m2).
   void (*merge)(double count, double* mean, double* m2, double tile_count, Moments tile, int64_t channels);
 
+  // out[c] = max over p of from[p][c]; a NaN wins. Channels in whole vectors.
+  void (*maximum)(const float* const* from, int64_t count, int64_t channels, float* out);
+
   // total += part
   void (*add)(double* total, const float* part, int64_t channels);
 

@@ -70,6 +70,17 @@ static void merge(double count, double* mean, double* m2, double tile_count, Mom
   }
 }
 
+static void maximum(const float* const* from, int64_t count, int64_t channels, float* out) {
+  for (int64_t c = 0; c < channels; c += 16) {
+    vf most = load(from[0] + c);
+    for (int64_t p = 1; p < count; p++) {
+      const vf v = load(from[p] + c);
+      most = (v > most) | (v != v) ? v : most;
+    }
+    store(out + c, most);
+  }
+}
+
 static void add(double* total, const float* part, int64_t channels) {
   for (int64_t c = 0; c < channels; c++) {
     total[c] += part[c];

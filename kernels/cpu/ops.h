@@ -11,9 +11,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_scale_shift(
     const Tensor& mean, const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps);
 
 std::tuple<Tensor, Tensor, Tensor> conv_fprop(
-    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    int64_t groups, bool stats);
+    const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool stats, bool relu);
 
 std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
     const Tensor& dy, const Tensor& weight, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,

@@ -9,15 +9,16 @@
 
 namespace fused_preact {
 
-bool takes_split_path(const Tensor& x, int64_t groups) {
-  // A group has few channels: a tile of it is no matrix product worth the name.
-  if (groups > 1) {
-    return true;
-  }
+bool takes_split_path(at::ScalarType dtype) {
   // The tiles multiply in float. On a processor without AMX that is the fast way for 16-bit tensors too
   // (measured on Emerald Rapids without AMX, one core: 137 GFLOP/s against 80 of bf16 dot products); with AMX
   // the library's 16-bit convolutions are several times faster. Packing is supported exactly where AMX is.
-  return x.scalar_type() != at::kFloat && at::native::cpublas::could_pack(x.scalar_type());
+  return dtype != at::kFloat && at::native::cpublas::could_pack(dtype);
+}
+
+bool takes_split_path(const Tensor& x, int64_t groups) {
+  // A group has few channels: a tile of it is no matrix product worth the name.
+  return groups > 1 || takes_split_path(x.scalar_type());
 }
 
 namespace {
@@ -41,10 +42,16 @@ Tensor activated(const Tensor& x, const Tensor& scale_, const Tensor& shift_) {
 } // namespace
 
 std::tuple<Tensor, Tensor, Tensor> split_fprop(
-    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    int64_t groups, bool stats) {
-  Tensor y = nhwc(at::conv2d(activated(nhwc(x), scale, shift), weight, bias, stride, padding, dilation, groups));
+    const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool stats, bool relu) {
+  const bool prologue = scale.has_value() && shift.has_value();
+  const Tensor a = prologue ? activated(nhwc(x), *scale, *shift) : nhwc(x);
+  const OptionalTensor same = bias.has_value() ? OptionalTensor(bias->to(weight.scalar_type())) : std::nullopt;
+  Tensor y = nhwc(at::conv2d(a, weight, same, stride, padding, dilation, groups));
+  if (relu) {
+    y.relu_();
+  }
   if (residual.has_value()) {
     y.add_(*residual);
   }

@@ -5,13 +5,14 @@
 
 namespace fused_preact {
 
-// Whether the split path serves the convolution rather than the tiles.
+// Whether the split path serves convolutions of this dtype, or this one, rather than the tiles.
+bool takes_split_path(at::ScalarType dtype);
 bool takes_split_path(const Tensor& x, int64_t groups);
 
 std::tuple<Tensor, Tensor, Tensor> split_fprop(
-    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    int64_t groups, bool stats);
+    const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool stats, bool relu);
 
 std::tuple<Tensor, Tensor, Tensor> split_dgrad(
     const Tensor& dy, const Tensor& weight, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,

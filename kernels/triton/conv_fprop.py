@@ -2,7 +2,8 @@
 
 An implicit GEMM on channels_last tensors: rows are output pixels, columns output channels, and the reduction
 runs over the taps (r, s) and, innermost, the input channels. A tile of raw ``x`` is loaded, activated in
-registers and fed to the tensor cores; the activated tensor never exists in memory.
+registers and fed to the tensor cores; the activated tensor never exists in memory. With folded BNs (inference) there
+is no prologue, and a ReLU follows the bias.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def _conv_fprop_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     POINTWISE: tl.constexpr,
+    PROLOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     STATS: tl.constexpr,
     EVEN_C: tl.constexpr,
@@ -92,20 +95,25 @@ def _conv_fprop_kernel(
             for c0 in range(0, C, BLOCK_K):
                 c = c0 + tl.arange(0, BLOCK_K)
                 in_c = (c < C) | EVEN_C
-                scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
-                shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
                 x = tl.load(
                     x_ptr + row[:, None] + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0
                 )
                 w = tl.load(w_tap + c[:, None], mask=in_c[:, None] & (k < K)[None, :], other=0.0)
-                a = bn_relu(x.to(tl.float32), scale, shift)
-                # A padded tap is 0, not relu(shift): the mask comes after the activation.
-                a = tl.where(inside[:, None], a, 0.0).to(w.dtype)
+                if PROLOGUE:
+                    scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
+                    shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
+                    a = bn_relu(x.to(tl.float32), scale, shift)
+                    # A padded tap is 0, not relu(shift): the mask comes after the activation.
+                    a = tl.where(inside[:, None], a, 0.0).to(w.dtype)
+                else:
+                    a = x
                 acc = dot(a, w, acc, PRECISION)
 
     in_k = k < K
     if HAS_BIAS:
         acc += tl.load(bias_ptr + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc <= 0, 0.0, acc)  # not tl.maximum: NaN stays NaN
     offset = m.to(tl.int64)[:, None] * K + k[None, :]
     mask = valid[:, None] & in_k[None, :]
     if HAS_RESIDUAL:
@@ -121,8 +129,8 @@ def _conv_fprop_kernel(
 
 def conv_fprop(
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -131,11 +139,13 @@ def conv_fprop(
     dilation: Sequence[int],
     groups: int,
     stats: bool,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = conv(max(s x + t, 0), W) + bias + residual, and the mean and biased variance of the stored y.
 
     ``x`` [N,C,H,W], ``weight`` [K,C,R,S], ``residual`` like y [N,K,OH,OW]; ``groups`` is 1. float32, bfloat16 or
-    float16. Without ``stats`` the two statistics are empty.
+    float16. Without ``stats`` the two statistics are empty. Without ``scale`` and ``shift`` the convolution reads x
+    as it is; with ``relu`` it is max(conv(.) + bias, 0) + residual.
     """
     source, x, weight = x, channels_last(x), channels_last(weight)
     n, channels, height, width = x.shape
@@ -178,7 +188,9 @@ def conv_fprop(
         DILATION_H=dilation[0],
         DILATION_W=dilation[1],
         POINTWISE=r * s == 1 and max(stride) == 1 and max(padding) == 0,
+        PROLOGUE=scale is not None,
         HAS_BIAS=bias is not None,
+        RELU=relu,
         HAS_RESIDUAL=residual is not None,
         STATS=stats,
         EVEN_C=channels % config.block_k == 0,
@@ -189,5 +201,5 @@ def conv_fprop(
     )
     y = as_format_of(y, source)
     if partials is None:
-        return y, scale.new_empty(0), scale.new_empty(0)
+        return y, *torch.empty((2, 0), dtype=torch.float32, device=x.device)
     return y, *merge_statistics(partials, config.block_m, rows)

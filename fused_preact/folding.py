@@ -1,0 +1,231 @@
+"""Folded copies of a unit's weights, and how a chain of such units and a stem run; see :mod:`fused_preact.inference`.
+
+In eval mode a BN is the affine map z = s x + t, s = gamma (v + eps)^-1/2, t = beta - mu s (Ioffe & Szegedy 2015,
+arXiv:1502.03167). Behind a convolution, z = conv(a, s W) + (s b + t): a scaled weight and a bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .functional import BatchNorm, Convolution
+from .modules import IdentityProjection, Stem, _PreActUnit
+from .reference import bn_scale_shift, statistics_dtype
+
+
+class FoldedConv(NamedTuple):
+    """A convolution in the dtype of the statistics; ``bias`` holds the shift of the BN that was folded into it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    constants: tuple[Any, ...]
+
+
+class FoldedUnit(NamedTuple):
+    """relu(scale x + shift), then the convolutions with a ReLU between two; plus the shortcut."""
+
+    scale: Tensor
+    shift: Tensor
+    convs: list[FoldedConv]
+    projection: FoldedConv | None
+    padding: tuple[int, int] | None
+    """The stride of a shortcut that pads with zero channels; it has a projection too, for other backends."""
+
+
+def foldable_unit(unit: _PreActUnit) -> bool:
+    """Whether the unit is what its class says: plain children, running statistics, one dtype."""
+    sites = list(unit.sites())
+    shortcut = unit.shortcut
+    if (
+        not unit.fused
+        or type(unit).forward_with_statistics is not _PreActUnit.forward_with_statistics
+        or type(unit).forward is not _PreActUnit.forward
+        or type(shortcut) not in (type(None), nn.Conv2d, IdentityProjection)
+        or any(type(bn) is not nn.BatchNorm2d or type(conv) is not nn.Conv2d for bn, conv in sites)
+        or any(bn.running_mean is None or bn.running_var is None for bn, _ in sites)
+        or any(m.padding_mode != "zeros" for m in unit.children() if isinstance(m, nn.Conv2d))
+    ):
+        return False
+    dtype = sites[0][1].weight.dtype
+    convolutions = [conv for _, conv in sites] + ([] if shortcut is None else [shortcut])
+    kinds = [(m, {dtype}) for m in convolutions]
+    kinds += [(bn, {dtype, statistics_dtype(dtype)}) for bn, _ in sites]
+    return all(
+        type(t) in (Tensor, nn.Parameter) and not t.is_inference() and t.dtype in allowed
+        for module, allowed in kinds
+        for t in (*module.parameters(), *module.buffers())
+        if t.dtype != torch.int64
+    )
+
+
+def foldable_stem(stem: Stem) -> bool:
+    """Whether the stem is what the CPU's operation serves: a convolution of few channels, then max-pooling.
+
+    Without the pooling there is nothing to fuse, and the library's convolution is faster (a CIFAR stem at batch 64:
+    0.8 ms against 2.1).
+    """
+    if [type(m) for m in stem] != [nn.Conv2d, nn.MaxPool2d]:
+        return False
+    conv: Any = stem[0]
+    pool: Any = stem[1]
+    squares = (conv.kernel_size, conv.stride, conv.padding)
+    return (
+        all(isinstance(v, tuple) and v[0] == v[1] for v in squares)
+        and all(isinstance(v, int) for v in (pool.kernel_size, pool.stride, pool.padding))
+        and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
+        and (pool.dilation, pool.ceil_mode, pool.return_indices) == (1, False, False)
+        and conv.in_channels <= 8
+        and not any(t.is_inference() or t.dtype != conv.weight.dtype for t in conv.parameters())
+    )
+
+
+def _constants(conv: Convolution) -> tuple[Any, ...]:
+    def pair(value: Any) -> tuple[int, int]:
+        return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+    return pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups
+
+
+def fold_unit(unit: _PreActUnit) -> FoldedUnit:
+    affine, convs = [], []
+    for bn_module, conv_module in unit.sites():
+        bn, conv = BatchNorm.of(bn_module), Convolution.of(conv_module)
+        wide = statistics_dtype(conv.weight.dtype)
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        scale, shift, _ = bn_scale_shift(
+            bn.running_mean.to(wide), bn.running_var.to(wide), bn.weight, bn.bias, bn.eps
+        )
+        affine.append((scale, shift))
+        bias = None if conv.bias is None else conv.bias.detach().to(wide)
+        convs.append(FoldedConv(conv.weight.detach().to(wide), bias, _constants(conv)))
+    for index, (scale, shift) in enumerate(affine[1:]):
+        weight, bias, constants = convs[index]
+        convs[index] = FoldedConv(
+            weight * scale[:, None, None, None], shift if bias is None else shift + scale * bias, constants
+        )
+    projection, padding = None, None
+    if isinstance(unit.shortcut, nn.Conv2d):
+        conv = Convolution.of(unit.shortcut)
+        bias = None if conv.bias is None else conv.bias.detach().to(wide)
+        projection = FoldedConv(conv.weight.detach().to(wide), bias, _constants(conv))
+    elif isinstance(unit.shortcut, IdentityProjection):
+        padding = unit.shortcut.stride
+        projection = FoldedConv(unit.shortcut.weight.to(wide), None, (padding, (0, 0), (1, 1), 1))
+    return FoldedUnit(*affine[0], convs, projection, padding)
+
+
+# --- the two ways to run ------------------------------------------------------------------------------------
+
+
+def _run_sites(k: Any, units: list[FoldedUnit], x: Tensor) -> Tensor:
+    """Unit by unit with the operations of a backend; the weights are already in the dtype of ``x``."""
+    for unit in units:
+        added = x
+        if unit.projection is not None:
+            weight, bias, constants = unit.projection
+            added, _, _ = k.conv_fprop(
+                x, unit.scale, unit.shift, weight, bias, None, *constants, False, False
+            )
+        last = len(unit.convs) - 1
+        affine: tuple[Tensor | None, Tensor | None] = (unit.scale, unit.shift)
+        for index, (weight, bias, constants) in enumerate(unit.convs):
+            residual = added if index == last else None
+            x, _, _ = k.conv_fprop(x, *affine, weight, bias, residual, *constants, False, index < last)
+            affine = (None, None)
+    return x
+
+
+def _cast(units: list[FoldedUnit], dtype: torch.dtype) -> list[FoldedUnit]:
+    """The weights as a backend's convolution reads them: the dtype of its input, channels_last."""
+
+    def cast(conv: FoldedConv) -> FoldedConv:
+        return conv._replace(weight=conv.weight.to(dtype, memory_format=torch.channels_last))
+
+    return [
+        unit._replace(
+            convs=[cast(c) for c in unit.convs],
+            projection=None if unit.projection is None else cast(unit.projection),
+        )
+        for unit in units
+    ]
+
+
+class _Packed(NamedTuple):
+    """The arguments of the CPU operation ``unit_chain`` beside its input."""
+
+    weights: Tensor
+    spec: list[int]
+
+
+# kernels/cpu/chain.h, enum Shortcut.
+_SHORTCUTS = {"identity": 1, "padding": 2, "projection": 3}
+
+
+def _pack(units: list[FoldedUnit]) -> _Packed | None:
+    """The chain as ``kernels/cpu/chain.h`` describes it, None where it has no words for it."""
+    spec = [units[0].convs[0].weight.shape[1]]
+    tensors: list[Tensor] = []
+    for unit in units:
+        projected = unit.projection is not None and unit.padding is None
+        kind = "identity" if unit.projection is None else "projection" if projected else "padding"
+        tails = [c.bias for c in (unit.convs[-1], unit.projection) if c is not None and c.bias is not None]
+        spec += [len(unit.convs), _SHORTCUTS[kind], int(bool(tails))]
+        tensors += [unit.scale, unit.shift]
+        for index, (weight, bias, (stride, padding, dilation, groups)) in enumerate(unit.convs):
+            if groups != 1:
+                return None
+            spec += [weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation]
+            tensors.append(weight)
+            if index < len(unit.convs) - 1:
+                assert bias is not None
+                tensors.append(bias)
+        if unit.projection is not None:
+            weight, _, (stride, padding, _, groups) = unit.projection
+            if groups != 1 or tuple(weight.shape[2:]) != (1, 1) or padding != (0, 0):
+                return None
+            spec += [weight.shape[0], *stride]
+            tensors += [weight] if projected else []
+        if tails:
+            tensors.append(torch.stack(tails).sum(0))
+    return _Packed(torch.ops.fused_preact.unit_chain_pack(tensors, spec), spec)
+
+
+# --- running ----------------------------------------------------------------------------------------------
+
+
+def _compiled_chain(x: Tensor) -> bool:
+    """Whether the compiled operations for whole chains serve ``x``: not where AMX makes the library's faster."""
+    return ops.serving_backend(x) == "cpu" and bool(torch.ops.fused_preact.unit_chain_serves(x.dtype))
+
+
+def run_chain(units: list[FoldedUnit], made: dict[Any, Any], x: Tensor) -> Tensor:
+    """Run the units; ``made`` keeps what is prepared once."""
+    if _compiled_chain(x):
+        if "packed" not in made:
+            made["packed"] = _pack(units)
+        packed = made["packed"]
+        if packed is not None:
+            return torch.ops.fused_preact.unit_chain(x, packed.weights, packed.spec)
+    if x.dtype not in made:
+        made[x.dtype] = _cast(units, x.dtype)
+    return _run_sites(ops.table(ops.requested_backend()), made[x.dtype], x)
+
+
+def run_stem(stem: Stem, made: dict[Any, Any], x: Tensor) -> Tensor | None:
+    """Run the stem, None where no compiled operation serves it."""
+    if not _compiled_chain(x):
+        return None
+    conv: Any = stem[0]
+    pool: Any = stem[1]
+    if "packed" not in made:
+        made["packed"] = torch.ops.fused_preact.stem_pack(conv.weight.detach())
+    window = [v[0] for v in (conv.kernel_size, conv.stride, conv.padding)]
+    pooling = [pool.kernel_size, pool.stride, pool.padding]
+    return torch.ops.fused_preact.stem_conv_pool(
+        x, made["packed"], conv.bias, conv.out_channels, window, pooling
+    )

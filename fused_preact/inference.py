@@ -1,0 +1,221 @@
+"""Inference with folded BatchNorms: every BN of a unit but its first one goes into the convolution before it.
+
+The first BN of a unit stands behind an addition whose sum the shortcut reads too, so it stays what only this library
+has, the prologue of the first convolution. The head's BN-ReLU-pool is one operation with or without this. Nothing is
+written to the model: the folded weights are copies beside it, made by the first call and again by the first call
+after anything that they depend on has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .folding import fold_unit, foldable_stem, foldable_unit, run_chain, run_stem
+from .functional import to_native_format
+from .modules import PreActSequential, Stem, _PreActUnit
+from .reference import memory_format_of
+
+__all__ = ["optimize_for_inference", "undo_optimize_for_inference"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def optimize_for_inference(model: Model) -> Model:
+    """Let the units of ``model`` run with folded, prepacked weights where nobody needs a gradient; returns ``model``.
+
+    Takes effect in eval mode under ``torch.no_grad()`` or ``torch.inference_mode()``. Parameters, buffers and state
+    dict stay as they are, training goes on as before, and :func:`undo_optimize_for_inference` removes it again. The
+    copies take about the memory of the weights (in float32 on a CPU).
+
+    Whatever a copy was made of is compared at each call, by identity, address and version: after ``load_state_dict``,
+    an optimiser's step, ``.to()`` or another ``eps`` it is made anew. Only a write through ``.data`` leaves no trace;
+    call this function again after one.
+
+    As before run: training mode, calls that record gradients, ``torch.compile`` (which traces the unfolded model),
+    hooks on a unit's children, parametrised weights, SyncBatchNorm and BNs without running statistics, and
+    ``PreActConv2d``, which has nothing to fold. Under autocast the input is cast as always, and the CPU kernels keep
+    the folded weights in float32. On a CPU a chain of units is one operation, in which each thread takes its images
+    through all units, and so is a stem; elsewhere each convolution is one.
+
+    Raises TypeError where ``model`` is no module and ValueError where it holds none of our units.
+    """
+    units = _units(model)
+    if not units:
+        raise ValueError(
+            f"model: got a {type(model).__name__} without residual units of fused_preact, allowed is a network "
+            "that holds some (PreActBasicBlock, PreActBottleneck)"
+        )
+    undo_optimize_for_inference(model)
+    _install(model)
+    return model
+
+
+def undo_optimize_for_inference(model: Model) -> Model:
+    """Drop what :func:`optimize_for_inference` added; returns ``model``. TypeError where it is no module."""
+    _units(model)
+    for module in model.modules():
+        if isinstance(module, (_PreActUnit, PreActSequential, Stem)):
+            module._folded = None
+    return model
+
+
+def _units(model: Any) -> list[_PreActUnit]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, allowed is a torch.nn.Module")
+    return [m for m in model.modules() if isinstance(m, _PreActUnit)]
+
+
+def _install(module: nn.Module) -> None:
+    """Chains as long as possible: a sequence of foldable units is one, however it is nested."""
+    chain = list(_leaves(module))
+    units = bool(chain) and all(isinstance(m, _PreActUnit) and foldable_unit(m) for m in chain)
+    if units or isinstance(module, Stem):
+        slot: Any = module
+        slot._folded = _Folded(module)
+        return
+    for child in module.children():
+        _install(child)
+
+
+def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """What a sequence of units calls one after the other; a module that is no such sequence is itself the leaf."""
+    if type(module) is PreActSequential:
+        for child in module:
+            yield from _leaves(child)
+    else:
+        yield module
+
+
+# --- when it may run --------------------------------------------------------------------------------------------
+
+
+_MODES = ("fused", "training", "eps", "padding_mode", "ceil_mode", "return_indices")
+_CONSTANTS = (*_MODES, "kernel_size", "stride", "padding", "dilation", "groups")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _places(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
+
+
+class _Watched:
+    """What folded weights were made of, and whether it is still the same."""
+
+    def __init__(self, root: nn.Module) -> None:
+        modules = list(root.modules())
+        self.hooks = [getattr(m, name) for m in modules if m is not root for name in _HOOKS]
+        self.children = [m._modules for m in modules]
+        self.counts = list(map(len, self.children))
+        places: list[tuple[dict[str, Any], tuple[str, ...]]] = [(m.__dict__, _CONSTANTS) for m in modules]
+        places += [(d, tuple(d)) for m in modules for d in _places(m)]
+        self.places = [place for place, names in places for name in names if name in place]
+        self.names = [name for place, names in places for name in names if name in place]
+        self.objects = list(map(dict.get, self.places, self.names))
+        named = [*root.named_parameters(), *root.named_buffers()]
+        self.tensors = [t for name, t in named if not name.endswith("num_batches_tracked")]
+        self.versions = [t._version for t in self.tensors]
+        self.addresses = [t.data_ptr() for t in self.tensors]
+        # Aliases keep the storages alive: their addresses cannot come back as those of others.
+        self.aliases = [t.detach() for t in self.tensors]
+
+    def unchanged(self) -> bool:
+        """Whether every module, tensor and constant is the one it was, and no tensor has been written to.
+
+        In whole lists, since it precedes each call: some thousand comparisons for ResNet-164.
+        """
+        return (
+            all(map(operator.is_, map(dict.get, self.places, self.names), self.objects))
+            and list(map(len, self.children)) == self.counts
+            and [t._version for t in self.tensors] == self.versions
+            and [t.data_ptr() for t in self.tensors] == self.addresses
+        )
+
+
+class _State(NamedTuple):
+    """A fold and what it was made of; replaced as a whole, so that threads see one or the other."""
+
+    watched: _Watched
+    run: Callable[[Tensor], Tensor | None]
+    channels: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Folded:
+    """Runs a module with folded weights, or declines; hangs on the module as ``_folded``."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._state: _State | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy folds its own: versions and addresses mean nothing elsewhere.
+        return {"_root": self._root, "_state": None}
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The output, or None where the module has to run as it is."""
+        if type(x) is not Tensor or x.dim() != 4 or x.numel() == 0:
+            return None
+        if torch.jit.is_tracing() or forward_ad._current_level >= 0:
+            return None
+        state = self._current()
+        if state is None or any(state.watched.hooks):
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state.watched.tensors)):
+            return None
+        dtype = _autocast_dtype(x)
+        if (x.device, x.shape[1]) != (state.device, state.channels) or (
+            dtype is None and x.dtype != state.dtype
+        ):
+            return None
+        outer = memory_format_of(x)
+        x = to_native_format(x if dtype is None else x.to(dtype))
+        with torch.no_grad():
+            y = state.run(x)
+        return None if y is None else y.contiguous(memory_format=outer)
+
+    def _current(self) -> _State | None:
+        """The fold of the module as it is now, None where it cannot be folded."""
+        state = self._state
+        if state is not None and state.watched.unchanged():
+            return state
+        self._state = state = None
+        # Before anything else: in training this is asked at every step.
+        if not self._root.training and not any(m.training for m in self._root.modules()):
+            with torch.no_grad():
+                self._state = state = _fold(self._root)
+        return state
+
+
+def _fold(root: nn.Module) -> _State | None:
+    made: dict[Any, Any] = {}
+    if isinstance(root, Stem):
+        if not foldable_stem(root):
+            return None
+        weight: Any = root[0].weight
+        run: Callable[[Tensor], Tensor | None] = functools.partial(run_stem, root, made)
+    else:
+        units = [unit for unit in _leaves(root) if isinstance(unit, _PreActUnit) and foldable_unit(unit)]
+        if not units or len(units) < len(list(_leaves(root))):
+            return None
+        weights = [conv.weight for unit in units for _, conv in unit.sites()]
+        weight = weights[0]
+        if any((w.device, w.dtype) != (weight.device, weight.dtype) for w in weights):
+            return None
+        run = functools.partial(run_chain, [fold_unit(unit) for unit in units], made)
+    return _State(_Watched(root), run, weight.shape[1], weight.dtype, weight.device)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would cast ``x`` to, None where it leaves it alone; as in :mod:`functional`."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
