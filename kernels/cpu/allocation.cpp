@@ -17,7 +17,6 @@ namespace fused_preact {
 
 namespace {
 
-constexpr size_t kPage = 2 << 20;
 constexpr size_t kLarge = 32 << 20; // the C library's greatest threshold for mapping a block of its own
 constexpr size_t kKept = 256 << 20; // free blocks are kept up to this sum
 
@@ -29,7 +28,7 @@ struct Block {
 class LargeBlocks final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t size) override {
-    auto* block = new Block(take((size + kPage - 1) / kPage * kPage));
+    auto* block = new Block(take((size + kHugePage - 1) / kHugePage * kHugePage));
     return {block->data, block, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
 
@@ -56,7 +55,7 @@ class LargeBlocks final : public c10::Allocator {
         return block;
       }
     }
-    void* data = std::aligned_alloc(kPage, size);
+    void* data = std::aligned_alloc(kHugePage, size);
     if (data == nullptr) {
       throw std::bad_alloc();
     }
@@ -88,8 +87,8 @@ class LargeBlocks final : public c10::Allocator {
 void ask_for_huge_pages(void* memory, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   const auto begin = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
-  if (last >= first + 2 * kPage) {
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = (begin + bytes) / kHugePage * kHugePage;
+  if (last >= first + 2 * kHugePage) {
     // Advice: where the kernel declines it, small pages serve.
     static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
   }

@@ -17,10 +17,10 @@ float* thread_scratch(int64_t floats) {
   static thread_local int64_t size = 0;
   if (floats > size) {
     // A large one begins with a huge page: with small ones its addresses alone fill the processor's tables of pages.
-    const bool large = floats * sizeof(float) >= 2 * kPage;
-    size = round_up(floats, large ? kPage / sizeof(float) : 1024);
+    const bool large = floats * sizeof(float) >= 2 * kHugePage;
+    size = round_up(floats, large ? kHugePage / sizeof(float) : 1024);
     buffer.reset();
-    buffer.reset(static_cast<float*>(std::aligned_alloc(large ? kPage : 64, size * sizeof(float))));
+    buffer.reset(static_cast<float*>(std::aligned_alloc(large ? kHugePage : 64, size * sizeof(float))));
     if (large && buffer) {
       ask_for_huge_pages(buffer.get(), size * sizeof(float));
     }

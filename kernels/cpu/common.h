@@ -57,6 +57,8 @@ inline Tensor like_input(const Tensor& out, const Tensor& x) {
   return x.is_contiguous(at::MemoryFormat::ChannelsLast) ? out : out.contiguous();
 }
 
+constexpr size_t kHugePage = 2 << 20;
+
 // Advice about memory that is yet to be touched, where it holds whole huge pages (allocation.cpp).
 void ask_for_huge_pages(void* memory, size_t bytes);
 
