@@ -150,18 +150,12 @@ def _warn_without_triton() -> None:
     )
 
 
-# Position of ``groups`` among the arguments: grouped convolutions take the library's path.
-_GROUPS = {"conv_fprop": 9, "conv_dgrad": 10, "conv_wgrad": 8}
-
-
-def _beyond_triton(name: str, args: tuple[Any, ...]) -> bool:
+def _beyond_triton(args: tuple[Any, ...]) -> bool:
     """Whether the reference serves this call on every device.
 
-    float64 (the oracle's dtype), groups, no elements, and more than 2^31 pixels: the kernels count elements in 64
-    bits but pixels in 32.
+    float64 (the oracle's dtype), no elements, and more than 2^31 pixels: the kernels count elements in 64 bits but
+    pixels in 32.
     """
-    if name in _GROUPS and args[_GROUPS[name]] != 1:
-        return True
     for t in args:
         if isinstance(t, Tensor):
             elements = t.numel()
@@ -182,7 +176,7 @@ def _triton_op(name: str) -> Callable[..., Any]:
         if _triton_missing() is not None:
             _warn_without_triton()
             return fallback(*args)
-        if _beyond_triton(name, args):
+        if _beyond_triton(args):
             return fallback(*args)
         return getattr(_triton_table(), name)(*args)
 

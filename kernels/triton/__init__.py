@@ -1,6 +1,7 @@
 """The Triton backend: the nine operations of ``fused_preact.reference`` for float32, bfloat16 and float16.
 
-One kernel a file with its launcher below it; launch configurations are in ``configs``. Importing this package
+One kernel a file with its launcher below it. ``choose`` says for each convolution whether it runs fused or split and
+with which configuration: from tuned ``tables``, else by the heuristic of ``configs``. Importing this package
 imports Triton; ``TRITON_INTERPRET=1``, set before, runs the kernels on CPU tensors in Triton's interpreter.
 """
 

@@ -15,19 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    as_format_of,
-    cdiv,
-    channels_last,
-    device_of,
-    dot,
-    dot_precision,
-    empty_image,
-    launch,
-    relu_mask,
-)
-from .configs import conv_config
+from . import split
+from .choose import choose
+from .common import as_format_of, cdiv, channels_last, dot, dot_precision, empty_image, launch, relu_mask
 from .finalize import sum_partials
+from .geometry import Geometry
 
 
 @triton.jit
@@ -170,20 +162,23 @@ def conv_dgrad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g = (dgrad(dy, W) + da) [z > 0], sum g and sum g (x - mu): like ``x``, float32 [C], [C].
 
-    ``dy`` [N,K,OH,OW] with any strides, ``weight`` [K,C,R,S], ``x`` and ``da`` [N,C,H,W]; ``groups`` is 1. With
-    ``scale=None`` nothing is masked or summed.
+    ``dy`` [N,K,OH,OW] with any strides, ``weight`` [K,C/groups,R,S], ``x`` and ``da`` [N,C,H,W]. With
+    ``scale=None`` nothing is masked or summed. Groups take the split path.
     """
+    geometry = Geometry.of(x, weight, stride, padding, dilation, groups)
+    masked = scale is not None
+    extras = ("masked",) * masked + ("da",) * (da is not None)
+    choice = choose("dgrad", geometry, x, *extras)
+    if choice.config is None:
+        return split.conv_dgrad(dy, weight, x, scale, shift, mean, da, geometry)
+    config = choice.config
     source = x
     dy, weight, x = channels_last(dy), channels_last(weight), channels_last(x)
     n, channels, height, width = x.shape
-    k, _, r, s = weight.shape
-    masked = scale is not None
     phase_h, phase_w = cdiv(height, stride[0]), cdiv(width, stride[1])
     rows = n * phase_h * phase_w
     phases = stride[0] * stride[1]
     g = empty_image(x, channels, height, width)
-    precision = dot_precision(x)
-    config = conv_config(rows * phases, channels, k, x.dtype, precision, device_of(x), dgrad=True)
     tiles = cdiv(rows, config.block_m)
     partials = (
         torch.empty((phases * tiles, 2 * channels), dtype=torch.float32, device=x.device) if masked else None
@@ -204,30 +199,16 @@ def conv_dgrad(
         g_ptr=g,
         partials_ptr=partials,
         rows=rows,
-        H=height,
-        W=width,
-        C=channels,
-        OH=dy.shape[2],
-        OW=dy.shape[3],
-        K=k,
+        **geometry.arguments(),
         PH=phase_h,
         PW=phase_w,
-        R=r,
-        S=s,
-        STRIDE_H=stride[0],
-        STRIDE_W=stride[1],
-        PAD_H=padding[0],
-        PAD_W=padding[1],
-        DILATION_H=dilation[0],
-        DILATION_W=dilation[1],
         # Taps of one phase are this far apart.
         STEP_R=stride[0] // math.gcd(stride[0], dilation[0]),
         STEP_S=stride[1] // math.gcd(stride[1], dilation[1]),
-        POINTWISE=r * s == 1 and phases == 1 and max(padding) == 0,
         MASKED=masked,
         HAS_DA=da is not None,
-        EVEN_K=k % config.block_k == 0,
-        PRECISION=precision,
+        EVEN_K=geometry.k % config.block_k == 0,
+        PRECISION=dot_precision(x),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import split
+from .choose import choose
 from .common import (
     as_format_of,
     bn_relu,
     cdiv,
     channels_last,
-    device_of,
     dot,
     dot_precision,
     empty_image,
@@ -27,8 +28,8 @@ from .common import (
     store_statistics,
     tile_statistics,
 )
-from .configs import conv_config
 from .finalize import merge_statistics
+from .geometry import Geometry
 
 
 @triton.jit
@@ -134,23 +135,22 @@ def conv_fprop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = conv(max(s x + t, 0), W) + bias + residual, and the mean and biased variance of the stored y.
 
-    ``x`` [N,C,H,W], ``weight`` [K,C,R,S], ``residual`` like y [N,K,OH,OW]; ``groups`` is 1. float32, bfloat16 or
-    float16. Without ``stats`` the two statistics are empty.
+    ``x`` [N,C,H,W], ``weight`` [K,C/groups,R,S], ``residual`` like y [N,K,OH,OW]. float32, bfloat16 or float16.
+    Without ``stats`` the two statistics are empty. :mod:`.choose` says by which path; groups take the split one.
     """
+    geometry = Geometry.of(x, weight, stride, padding, dilation, groups)
+    extras = ("residual",) * (residual is not None) + ("stats",) * stats
+    choice = choose("fprop", geometry, x, *extras)
+    if choice.config is None:
+        return split.conv_fprop(x, scale, shift, weight, bias, residual, geometry, stats)
+    config = choice.config
     source, x, weight = x, channels_last(x), channels_last(weight)
-    n, channels, height, width = x.shape
-    k, _, r, s = weight.shape
-    oh = (height + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
-    ow = (width + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
-    rows = n * oh * ow
-    y = empty_image(x, k, oh, ow)
-    precision = dot_precision(x)
-    config = conv_config(rows, k, channels, x.dtype, precision, device_of(x))
-    tiles = cdiv(rows, config.block_m)
-    partials = torch.empty((tiles, 3, k), dtype=torch.float32, device=x.device) if stats else None
+    y = empty_image(x, geometry.k, geometry.oh, geometry.ow)
+    tiles = cdiv(geometry.rows, config.block_m)
+    partials = torch.empty((tiles, 3, geometry.k), dtype=torch.float32, device=x.device) if stats else None
     launch(
         _conv_fprop_kernel,
-        (tiles * cdiv(k, config.block_n),),
+        (tiles * cdiv(geometry.k, config.block_n),),
         x.device,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -162,27 +162,13 @@ def conv_fprop(
         residual_ptr=None if residual is None else channels_last(residual),
         y_ptr=y,
         partials_ptr=partials,
-        rows=rows,
-        H=height,
-        W=width,
-        C=channels,
-        OH=oh,
-        OW=ow,
-        K=k,
-        R=r,
-        S=s,
-        STRIDE_H=stride[0],
-        STRIDE_W=stride[1],
-        PAD_H=padding[0],
-        PAD_W=padding[1],
-        DILATION_H=dilation[0],
-        DILATION_W=dilation[1],
-        POINTWISE=r * s == 1 and max(stride) == 1 and max(padding) == 0,
+        rows=geometry.rows,
+        **geometry.arguments(),
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         STATS=stats,
-        EVEN_C=channels % config.block_k == 0,
-        PRECISION=precision,
+        EVEN_C=geometry.c % config.block_k == 0,
+        PRECISION=dot_precision(x),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -190,4 +176,4 @@ def conv_fprop(
     y = as_format_of(y, source)
     if partials is None:
         return y, scale.new_empty(0), scale.new_empty(0)
-    return y, *merge_statistics(partials, config.block_m, rows)
+    return y, *merge_statistics(partials, config.block_m, geometry.rows)
