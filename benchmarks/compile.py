@@ -23,6 +23,8 @@ import torch
 import fused_preact
 from fused_preact.kernels.triton.crosscompile import Resources, Source, compile_source, source_of
 
+from . import results
+
 # Architecture -> (device as the launchers see it, bytes of shared memory a program may have).
 TARGETS: dict[str, tuple[tuple[str, int | str, int], int]] = {
     "sm_80": (("cuda", 80, 108), 163 * 1024),
@@ -148,9 +150,9 @@ def main(argv: list[str] | None = None) -> int:
         print(_line(job, resources, wrong), flush=True)
     print(f"{len(rows)} kernels compiled, {bad} with a problem")
     if args.csv:
-        _write(args.csv, _csv(rows))
+        results.replace(args.csv, _csv(rows))
     if args.markdown:
-        _write(args.markdown, _markdown(rows))
+        results.replace(args.markdown, _markdown(rows))
     return 1 if bad else 0
 
 
@@ -221,13 +223,6 @@ def _range(values: Iterable[int]) -> str:
     values = list(values)
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}–{high}"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
