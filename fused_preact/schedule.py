@@ -1,6 +1,6 @@
 """The schedule of a site and of a whole residual unit over any backend's operations.
 
-A backend is anything with the nine functions of :mod:`fused_preact.reference`; the forward and the
+A backend is anything with the functions of :mod:`fused_preact.reference`; the forward and the
 closed-form backward below chain them. With ``reference`` as the backend they are the reference of a unit.
 
 Schedule "c1": each convolution's epilogue reduces the statistics of what it stores for the next BN, the

@@ -1,4 +1,4 @@
-"""The Triton backend: the nine operations of ``fused_preact.reference`` for float32, bfloat16 and float16.
+"""The Triton backend: the operations of ``fused_preact.reference`` for float32, bfloat16 and float16.
 
 One kernel a file with its launcher below it. ``choose`` says for each convolution whether it runs fused or split and
 with which configuration: from tuned ``tables``, else by the heuristic of ``configs``. Importing this package
@@ -8,6 +8,7 @@ imports Triton; ``TRITON_INTERPRET=1``, set before, runs the kernels on CPU tens
 from .bn_backward_apply import bn_backward_apply
 from .bn_relu_avg_pool import bn_relu_avg_pool, bn_relu_avg_pool_apply, bn_relu_avg_pool_reduce
 from .bn_stats import bn_scale_shift, bn_stats
+from .bn_update_running import bn_update_running
 from .conv_dgrad import conv_dgrad
 from .conv_fprop import conv_fprop
 from .conv_wgrad import conv_wgrad
@@ -19,6 +20,7 @@ __all__ = [
     "bn_relu_avg_pool_reduce",
     "bn_scale_shift",
     "bn_stats",
+    "bn_update_running",
     "conv_dgrad",
     "conv_fprop",
     "conv_wgrad",
