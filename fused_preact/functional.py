@@ -351,12 +351,10 @@ def _check_added(name: str, shape: tuple[int, ...], out_shape: tuple[int, ...]) 
         raise ValueError(f"{name}: got shape {shape}, allowed is the output's, {out_shape}")
 
 
-_BN_TENSORS = BatchNorm._fields[:4]
-
-
 def _check_batch_norm(x: Tensor, bn: BatchNorm, prefix: str, shape: tuple[int, ...]) -> None:
     wide, expected = statistics_dtype(x.dtype), (shape[1],)
-    for field, tensor in zip(_BN_TENSORS, bn, strict=False):
+    tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    for field, tensor in zip(BatchNorm._fields, tensors, strict=False):
         if tensor is None or (
             tensor.shape == expected and tensor.dtype in (x.dtype, wide) and tensor.device == x.device
         ):

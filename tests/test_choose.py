@@ -17,7 +17,7 @@ from fused_preact import PreActBottleneck, reference
 pytest.importorskip("triton")
 from fused_preact.kernels.triton import choose, tables
 from fused_preact.kernels.triton.common import Device
-from fused_preact.kernels.triton.configs import ConvConfig, heuristic
+from fused_preact.kernels.triton.configs import ConvConfig, flat_taps, heuristic
 from fused_preact.kernels.triton.geometry import Geometry
 
 ODD = Device("cuda", 90, 132, "NVIDIA Odd 9000 (test)")
@@ -137,6 +137,49 @@ def test_split_path_of_a_unit_saves_what_the_fused_one_saves() -> None:
     (fused_bytes, fused_dx), (split_bytes, split_dx) = run("fused"), run("split")
     assert split_bytes == fused_bytes
     torch.testing.assert_close(split_dx, fused_dx, rtol=1e-4, atol=1e-5)
+
+
+FLAT = [
+    pytest.param(CASES[i].values[0], dtype, id=f"{str(dtype)[6:]}-{CASES[i].id}")
+    for i, dtype in ((0, torch.float32), (0, torch.bfloat16), (10, torch.float32), (11, torch.float32))
+]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("case", "dtype"), FLAT)
+def test_one_loop_over_the_taps(
+    device: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With four warps and all channels in one block the taps are one loop; with eight they are nested loops."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    s = make_site(case, dtype, device)
+    d = s.double()
+    flat, nested = ConvConfig(64, 32, 64, 4, 3), ConvConfig(64, 32, 64, 8, 3)
+    geometry = Geometry.of(s.x, s.weight, *s.constants)
+    for depth in (geometry.c, geometry.k):
+        assert flat_taps(geometry, depth, flat)
+        assert not flat_taps(geometry, depth, nested)
+        assert not flat_taps(geometry._replace(stride=(2, 1)), depth, flat)
+    assert not flat_taps(geometry, 65, flat)
+
+    def everything(config: ConvConfig):
+        with choose.forced("fused", config):
+            y, *_ = triton_ops.conv_fprop(
+                s.x, s.scale, s.shift, s.weight, s.bias, s.residual, *s.constants, True
+            )
+            g, *_ = triton_ops.conv_dgrad(s.dy, s.weight, s.x, s.scale, s.shift, s.mean, s.da, *s.constants)
+        return y, g
+
+    def by_reference(t):
+        y, *_ = reference.conv_fprop(t.x, t.scale, t.shift, t.weight, t.bias, t.residual, *t.constants, False)
+        return y, reference.conv_dgrad(t.dy, t.weight, t.x, t.scale, t.shift, t.mean, t.da, *t.constants)[0]
+
+    for config in (flat, nested):
+        for name, actual, eager, exact in zip(
+            ("y", "g"), everything(config), by_reference(s), by_reference(d), strict=True
+        ):
+            assert_within_policy(name, actual, eager, exact)
 
 
 # --- the tables -----------------------------------------------------------------------------------------------

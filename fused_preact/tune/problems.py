@@ -22,7 +22,7 @@ def of_network(model: str, batch: int, dtype: torch.dtype, device: Device) -> li
     with torch.device("meta"):
         net = models.create(model, num_classes=10 if cifar else 1000)
         x = torch.empty(batch, 3, size, size, dtype=dtype)
-    net = net.to(dtype, memory_format=torch.channels_last)
+    net = net.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     with backend("triton"), asked(device) as found:
         net(x.contiguous(memory_format=torch.channels_last)).sum().backward()
     return distinct(found)

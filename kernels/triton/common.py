@@ -111,13 +111,13 @@ def _device_properties(device: torch.device) -> Device:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip:
-            arch = properties.gcnArchName.split(":")[0]
-            return Device("hip", arch, properties.multi_processor_count, properties.name)
+            name = properties.gcnArchName.split(":")[0]
+            return Device("hip", name, properties.multi_processor_count, properties.name)
         arch = properties.major * 10 + properties.minor
         return Device("cuda", arch, properties.multi_processor_count, properties.name)
     if device.type == "xpu":
-        properties = torch.xpu.get_device_properties(device)
-        return Device("xpu", 0, properties.max_compute_units, properties.name)
+        found = torch.xpu.get_device_properties(device)
+        return Device("xpu", 0, found.max_compute_units, found.name)
     # The interpreter on CPU tensors: any value serves, a small one keeps splits few.
     return Device("cuda", 90, 4, "Triton interpreter" if device.type == "cpu" else "")
 

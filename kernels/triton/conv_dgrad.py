@@ -18,6 +18,7 @@ from torch import Tensor
 from . import split
 from .choose import choose
 from .common import as_format_of, cdiv, channels_last, dot, dot_precision, empty_image, launch, relu_mask
+from .configs import flat_taps
 from .finalize import sum_partials
 from .geometry import Geometry
 
@@ -37,6 +38,14 @@ def _first_tap(
         if r < TAPS:
             first = tl.where((phase + PAD - r * DILATION) % STRIDE == 0, r, first)
     return first
+
+
+@triton.jit
+def _step(acc, dy_row, w_block, k, inside, in_k, in_c, PRECISION: tl.constexpr):
+    """acc plus one tap of one block of output channels ``k``."""
+    dy = tl.load(dy_row + k[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
+    weight = tl.load(w_block, mask=in_k[:, None] & in_c[None, :], other=0.0)
+    return dot(dy, weight, acc, PRECISION)
 
 
 @triton.jit
@@ -72,6 +81,7 @@ def _conv_dgrad_kernel(
     POINTWISE: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_DA: tl.constexpr,
+    FLAT: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -103,28 +113,35 @@ def _conv_dgrad_kernel(
         pixel = (n * H + h).to(tl.int64) * W + w
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r in range(r0, R, STEP_R):
-        for s in range(s0, S, STEP_S):
-            if POINTWISE:
-                inside = valid
-                row = pixel * K
-            else:
-                # Exact divisions: the phase's taps are those that hit an output pixel.
-                oh = (h + PAD_H - r * DILATION_H) // STRIDE_H
-                ow = (w + PAD_W - s * DILATION_W) // STRIDE_W
-                inside = valid & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
-                row = ((n * OH + oh).to(tl.int64) * OW + ow) * K
-            w_tap = w_ptr + (r * S + s) * C + c[None, :]
-            for k0 in range(0, K, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                in_k = (k < K) | EVEN_K
-                dy = tl.load(
-                    dy_ptr + row[:, None] + k[None, :], mask=inside[:, None] & in_k[None, :], other=0.0
-                )
-                weight = tl.load(
-                    w_tap + k[:, None] * (R * S * C), mask=in_k[:, None] & in_c[None, :], other=0.0
-                )
-                acc = dot(dy, weight, acc, PRECISION)
+    if FLAT:
+        # One block holds all output channels: the taps are the pipelined loop, as in fprop.
+        k = tl.arange(0, BLOCK_K)
+        in_k = (k < K) | EVEN_K
+        w_k = w_ptr + k[:, None] * (R * S * C) + c[None, :]
+        for tap in range(R * S):
+            oh = h + PAD_H - tap // S * DILATION_H
+            ow = w + PAD_W - tap % S * DILATION_W
+            inside = valid & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+            dy_row = dy_ptr + ((n * OH + oh).to(tl.int64) * OW + ow)[:, None] * K
+            acc = _step(acc, dy_row, w_k + tap * C, k, inside, in_k, in_c, PRECISION)
+    else:
+        for r in range(r0, R, STEP_R):
+            for s in range(s0, S, STEP_S):
+                if POINTWISE:
+                    inside = valid
+                    dy_row = dy_ptr + pixel[:, None] * K
+                else:
+                    # Exact divisions: the phase's taps are those that hit an output pixel.
+                    oh = (h + PAD_H - r * DILATION_H) // STRIDE_H
+                    ow = (w + PAD_W - s * DILATION_W) // STRIDE_W
+                    inside = valid & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+                    dy_row = dy_ptr + ((n * OH + oh).to(tl.int64) * OW + ow)[:, None] * K
+                w_tap = w_ptr + (r * S + s) * C + c[None, :]
+                for k0 in range(0, K, BLOCK_K):
+                    k = k0 + tl.arange(0, BLOCK_K)
+                    in_k = (k < K) | EVEN_K
+                    w_block = w_tap + k[:, None] * (R * S * C)
+                    acc = _step(acc, dy_row, w_block, k, inside, in_k, in_c, PRECISION)
 
     offset = pixel[:, None] * C + c[None, :]
     mask = valid[:, None] & in_c[None, :]
@@ -207,6 +224,7 @@ def conv_dgrad(
         STEP_S=stride[1] // math.gcd(stride[1], dilation[1]),
         MASKED=masked,
         HAS_DA=da is not None,
+        FLAT=flat_taps(geometry, geometry.k, config),
         EVEN_K=geometry.k % config.block_k == 0,
         PRECISION=dot_precision(x),
         BLOCK_M=config.block_m,

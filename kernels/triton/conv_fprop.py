@@ -28,8 +28,20 @@ from .common import (
     store_statistics,
     tile_statistics,
 )
+from .configs import flat_taps
 from .finalize import merge_statistics
 from .geometry import Geometry
+
+
+@triton.jit
+def _step(acc, x_row, w_tap, c, scale, shift, inside, in_c, in_k, PRECISION: tl.constexpr):
+    """acc plus one tap of one block of channels ``c``, activated on its way."""
+    x = tl.load(x_row + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
+    w = tl.load(w_tap + c[:, None], mask=in_c[:, None] & in_k[None, :], other=0.0)
+    a = bn_relu(x.to(tl.float32), scale, shift)
+    # A padded tap is 0, not relu(shift): the mask comes after the activation.
+    a = tl.where(inside[:, None], a, 0.0).to(w.dtype)
+    return dot(a, w, acc, PRECISION)
 
 
 @triton.jit
@@ -61,6 +73,7 @@ def _conv_fprop_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     STATS: tl.constexpr,
+    FLAT: tl.constexpr,
     EVEN_C: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -78,33 +91,40 @@ def _conv_fprop_kernel(
         ih0 = (m // OW) % OH * STRIDE_H - PAD_H
         iw0 = m % OW * STRIDE_W - PAD_W
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Nested loops on purpose: one flattened loop over taps and channels has been miscompiled with 8 warps.
-    for r in range(R):
-        for s in range(S):
-            if POINTWISE:
-                inside = valid
-                row = m.to(tl.int64) * C
-            else:
-                ih, iw = ih0 + r * DILATION_H, iw0 + s * DILATION_W
-                inside = valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-                row = ((n * H + ih).to(tl.int64) * W + iw) * C
-            w_tap = w_ptr + k[None, :] * (R * S * C) + (r * S + s) * C
-            for c0 in range(0, C, BLOCK_K):
-                c = c0 + tl.arange(0, BLOCK_K)
-                in_c = (c < C) | EVEN_C
-                scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
-                shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
-                x = tl.load(
-                    x_ptr + row[:, None] + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0
-                )
-                w = tl.load(w_tap + c[:, None], mask=in_c[:, None] & (k < K)[None, :], other=0.0)
-                a = bn_relu(x.to(tl.float32), scale, shift)
-                # A padded tap is 0, not relu(shift): the mask comes after the activation.
-                a = tl.where(inside[:, None], a, 0.0).to(w.dtype)
-                acc = dot(a, w, acc, PRECISION)
-
     in_k = k < K
+    w_k = w_ptr + k[None, :] * (R * S * C)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if FLAT:
+        # One block holds all channels, so a loop over them would have one step and nothing to load ahead: the taps
+        # are the pipelined loop.
+        c = tl.arange(0, BLOCK_K)
+        in_c = (c < C) | EVEN_C
+        scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
+        shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
+        for tap in range(R * S):
+            ih, iw = ih0 + tap // S * DILATION_H, iw0 + tap % S * DILATION_W
+            inside = valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+            x_row = x_ptr + ((n * H + ih).to(tl.int64) * W + iw)[:, None] * C
+            acc = _step(acc, x_row, w_k + tap * C, c, scale, shift, inside, in_c, in_k, PRECISION)
+    else:
+        # Nested loops on purpose: one flattened loop over taps and channels has been miscompiled with 8 warps.
+        for r in range(R):
+            for s in range(S):
+                if POINTWISE:
+                    inside = valid
+                    x_row = x_ptr + m.to(tl.int64)[:, None] * C
+                else:
+                    ih, iw = ih0 + r * DILATION_H, iw0 + s * DILATION_W
+                    inside = valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+                    x_row = x_ptr + ((n * H + ih).to(tl.int64) * W + iw)[:, None] * C
+                w_tap = w_k + (r * S + s) * C
+                for c0 in range(0, C, BLOCK_K):
+                    c = c0 + tl.arange(0, BLOCK_K)
+                    in_c = (c < C) | EVEN_C
+                    scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
+                    shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
+                    acc = _step(acc, x_row, w_tap, c, scale, shift, inside, in_c, in_k, PRECISION)
+
     if HAS_BIAS:
         acc += tl.load(bias_ptr + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
     offset = m.to(tl.int64)[:, None] * K + k[None, :]
@@ -167,6 +187,7 @@ def conv_fprop(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         STATS=stats,
+        FLAT=flat_taps(geometry, geometry.c, config),
         EVEN_C=geometry.c % config.block_k == 0,
         PRECISION=dot_precision(x),
         BLOCK_M=config.block_m,

@@ -27,7 +27,7 @@ import torch
 
 from .choose import Problem
 from .common import Device, cdiv
-from .configs import ConvConfig, heuristic, wgrad_splits
+from .configs import ConvConfig, flat_taps, heuristic, wgrad_splits
 from .crosscompile import Resources
 
 __all__ = ["Prediction", "candidates", "fits", "predict"]
@@ -157,7 +157,8 @@ def _count(problem: Problem, config: ConvConfig, device: Device) -> _Work:
     steps = max(1, round(g.r * g.s / phases)) * blocks
     programs = cdiv(rows, config.block_m) * cdiv(columns, config.block_n)
     epilogue = (1 + extra / max(x if problem.op == "dgrad" else y, 1)) * tile * item
-    return _Work(programs, steps, blocks > 1, x + y + w + extra, epilogue, activated)
+    pipelined = blocks > 1 or flat_taps(g, depth, config)
+    return _Work(programs, steps, pipelined, x + y + w + extra, epilogue, activated)
 
 
 def predict(

@@ -42,8 +42,8 @@ class Geometry(NamedTuple):
         k, _, r, s = weight.shape
         oh = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
         ow = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
-        pairs = ((a[0], a[1]) for a in (stride, padding, dilation))
-        return cls(n, c, h, w, k, r, s, oh, ow, *pairs, groups)
+        strides, paddings, dilations = ((a[0], a[1]) for a in (stride, padding, dilation))
+        return cls(n, c, h, w, k, r, s, oh, ow, strides, paddings, dilations, groups)
 
     @property
     def rows(self) -> int:
