@@ -98,8 +98,12 @@ def test_resumes_and_keeps_what_it_has(table: Path) -> None:
     assert len(clock.seen) == 2, "the first problem is not measured again"
     assert set(tables.read(table, INTERPRETER.name)) == {first.key, second.key}
     said: list[str] = []
-    assert tuner(table, clock, said).run([problem("dgrad")], 0) == []
+    late = tuner(table, clock, said)
+    assert late.run([problem("dgrad")], 0) == []
+    assert not late.finished
     assert "1 problems left" in said[0]
+    assert late.run([first], 0) == []
+    assert late.finished, "nothing was left to do"
     tuner(table, clock).run([first], 60, again=True)
     assert len(clock.seen) == 3
 

@@ -19,6 +19,9 @@ from .timing import CudaTimer
 
 __all__ = ["main"]
 
+UNFINISHED = 3
+"""The exit status where the time was up."""
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -65,10 +68,12 @@ def listing(found: list[Problem], device: Device) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Tune; exit status 1 where a configuration was wrong or nothing could be timed, 2 for bad arguments."""
+    """Tune; exit status 1 where a configuration was wrong or nothing could be timed, 2 for bad arguments, 3 where the
+    time was up before all was tuned.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
-    missing = _available(args.device)
+    missing = None if args.list else _available(args.device)
     if missing:
         parser.error(missing)
     where = torch.device(args.device)
@@ -94,4 +99,6 @@ def main(argv: list[str] | None = None) -> int:
     say(
         f"{len(outcomes)} tuned, {len(slower)} slower than eager PyTorch{': ' if slower else ''}{', '.join(slower)}"
     )
-    return int(any(o.wrong or o.entry is None for o in outcomes))
+    if any(o.wrong or o.entry is None for o in outcomes):
+        return 1
+    return 0 if tuner.finished else UNFINISHED

@@ -71,6 +71,8 @@ class Tuner:
     limit: int = 12
     """Configurations that are timed for one problem."""
     say: Callable[[str], None] = print
+    finished: bool = False
+    """Whether the last run came to its end before its time was up."""
 
     def run(self, problems: Iterable[Problem], seconds: float, again: bool = False) -> list[Outcome]:
         """Tune what the table does not have yet, until the time is up; the table is complete after each problem.
@@ -103,6 +105,7 @@ class Tuner:
         finally:
             compiler.close()
             reload()
+        self.finished = len(outcomes) == len(wanted)
         return outcomes
 
     def _ranked(self, problem: Problem) -> list[ConvConfig]:
