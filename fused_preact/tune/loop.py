@@ -109,9 +109,9 @@ class Tuner:
         return outcomes
 
     def _ranked(self, problem: Problem) -> list[ConvConfig]:
-        """Twice as many as are timed, by the estimated cost, and the heuristic's own."""
+        """Half as many again as are timed, by the estimated cost, and the heuristic's own."""
         own = heuristic(problem.op, problem.geometry, problem.dtype, problem.precision, self.device)
-        first = candidates(problem, self.device)[: 2 * self.limit]
+        first = candidates(problem, self.device)[: self.limit + self.limit // 2]
         return [own, *(c for c in first if c != own)]
 
     def _problem(
