@@ -12,7 +12,7 @@ import torch
 from helpers import CASES, DEVICES, Case, assert_within_policy, make_site, triton_ops
 
 import fused_preact
-from fused_preact import PreActBottleneck, reference
+from fused_preact import PreActBottleneck, env, reference
 
 pytest.importorskip("triton")
 from fused_preact.kernels.triton import choose, tables
@@ -281,6 +281,12 @@ def test_folder_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_PREACT_CACHE", "/y")
     assert tables.cache_path("NVIDIA H100 80GB HBM3").parent == Path("/y")
     assert "nvidia-h100-80gb-hbm3" in tables.cache_path("NVIDIA H100 80GB HBM3").name
+
+
+def test_env_says_how_to_tune(cache: Path) -> None:
+    report = env.report()
+    assert str(cache.parent) in report
+    assert "python -m fused_preact.tune" in report
 
 
 def test_shipped_tables_are_readable() -> None:

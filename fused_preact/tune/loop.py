@@ -24,6 +24,10 @@ from .trial import Inputs, Oracle, eager_runner, make_inputs, run
 
 __all__ = ["Outcome", "Tuner", "trials_path"]
 
+Job = tuple[ConvConfig, "Future[Resources] | None"]
+"""A configuration and its compilation; None in the interpreter."""
+Way = tuple[str, "ConvConfig | None"]
+"""What :func:`choose.forced` takes."""
 SPLIT, EAGER, APPLY = "split", "eager", "bn_backward_apply"
 
 
@@ -114,28 +118,47 @@ class Tuner:
         first = candidates(problem, self.device)[: self.limit + self.limit // 2]
         return [own, *(c for c in first if c != own)]
 
-    def _problem(
-        self, problem: Problem, jobs: list[tuple[ConvConfig, Future[Resources] | None]], seconds: float
-    ) -> Outcome:
-        own, trials = jobs[0][0], []
-        known: list[tuple[float, ConvConfig]] = []
+    def _problem(self, problem: Problem, jobs: list[Job], seconds: float) -> Outcome:
+        """Everything for one problem; ``jobs`` begin with the heuristic's configuration."""
         wrong: dict[str, str] = {}
-        for config, job in jobs:
-            resources = None
-            if job is not None:
-                try:
-                    resources = job.result()
-                except Exception as error:  # the compiler's own: this configuration is out
-                    wrong[name_of(config)] = f"{type(error).__name__}: {error}".splitlines()[0]
-                    continue
-            if config == own or fits(problem, config, self.device, resources):
-                known.append((predict(problem, config, self.device, resources).us, config))
-        known.sort(key=lambda pair: pair[0])
-        kept = [c for _, c in known[: self.limit]]
-        kept += [own] if any(c == own for _, c in known) and own not in kept else []
-
-        paths: dict[str, tuple[str, ConvConfig | None]] = {name_of(c): ("fused", c) for c in kept}
+        predicted = self._predicted(problem, jobs, wrong)
+        own = name_of(jobs[0][0])
+        kept = sorted(predicted, key=lambda config: predicted[config])[: self.limit]
+        paths: dict[str, Way] = {name_of(config): ("fused", config) for config in kept}
+        if jobs[0][0] in predicted:
+            paths.setdefault(own, ("fused", jobs[0][0]))
         paths[SPLIT] = ("split", None)
+        self._check(problem, paths, wrong)
+        times = self.timer(self._runners(problem, paths), seconds)
+        microseconds = {name_of(config): round(us, 2) for config, us in predicted.items()}
+        self._keep(
+            {
+                "key": problem.key,
+                "name": name,
+                "predicted_us": microseconds.get(name),
+                "ms": times.get(name),
+                "wrong": wrong.get(name),
+                "heuristic": name == own,
+            }
+            for name in [*paths, *wrong, EAGER]
+        )
+        return self._outcome(problem, paths, times, wrong)
+
+    def _predicted(self, problem: Problem, jobs: list[Job], wrong: dict[str, str]) -> dict[ConvConfig, float]:
+        """Microseconds by the cost model over the compiled code; what spills is left out, but for the heuristic's."""
+        found = {}
+        for config, job in jobs:
+            try:
+                resources = None if job is None else job.result()
+            except Exception as error:  # the compiler's own: this configuration is out
+                wrong[name_of(config)] = f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            if config == jobs[0][0] or fits(problem, config, self.device, resources):
+                found[config] = predict(problem, config, self.device, resources).us
+        return found
+
+    def _check(self, problem: Problem, paths: dict[str, Way], wrong: dict[str, str]) -> None:
+        """Compare each path with float64 on a few images; what is not right moves from ``paths`` to ``wrong``."""
         oracle = Oracle(problem, self.where)
         for name, path in list(paths.items()):
             try:
@@ -146,32 +169,13 @@ class Tuner:
             if found:
                 wrong[name] = found
                 del paths[name]
-        del oracle
 
-        times = self.timer(self._runners(problem, paths), seconds)
-        predicted = {name_of(c): us for us, c in known}
-        for name in [*paths, *wrong, EAGER]:
-            trials.append(
-                {
-                    "key": problem.key,
-                    "name": name,
-                    "predicted_us": round(predicted[name], 2) if name in predicted else None,
-                    "ms": times.get(name),
-                    "wrong": wrong.get(name),
-                    "heuristic": name == name_of(own),
-                }
-            )
-        self._keep(trials)
-        return self._outcome(problem, paths, times, wrong)
-
-    def _runners(
-        self, problem: Problem, paths: dict[str, tuple[str, ConvConfig | None]]
-    ) -> dict[str, Runner]:
+    def _runners(self, problem: Problem, paths: dict[str, Way]) -> dict[str, Runner]:
         one = make_inputs(problem, self.where)
         copies = self.timer.copies(sum(t.nbytes for t in one))
         inputs = [one, *(Inputs(*(t.clone() for t in one)) for _ in range(copies - 1))]
 
-        def runner(path: tuple[str, ConvConfig | None]) -> Runner:
+        def runner(path: Way) -> Runner:
             def call(index: int) -> Any:
                 with forced(*path):
                     return run(problem, inputs[index % copies])
@@ -192,7 +196,7 @@ class Tuner:
     def _outcome(
         self,
         problem: Problem,
-        paths: dict[str, tuple[str, ConvConfig | None]],
+        paths: dict[str, Way],
         times: dict[str, float],
         wrong: dict[str, str],
     ) -> Outcome:
@@ -210,7 +214,7 @@ class Tuner:
         entry |= {"split_ms": timed.get(SPLIT), "eager_ms": eager}
         return Outcome(problem.key, entry, eager, times.get(APPLY, 0.0), wrong)
 
-    def _keep(self, trials: list[dict[str, Any]]) -> None:
+    def _keep(self, trials: Iterable[dict[str, Any]]) -> None:
         path = trials_path(self.table)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:

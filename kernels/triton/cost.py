@@ -47,9 +47,11 @@ class Chip:
     multiprocessors: int
 
 
-# A100 80GB, L40S, H100 SXM, B200, RTX 5090. L2 bandwidths are not published: two to three times the memory's.
+# A100 80GB, RTX 3090, L40S, H100 SXM, B200, RTX 5090. L2 bandwidths are not published: here two to five times the
+# memory's.
 _CUDA = {
     80: Chip(2.0e12, 5e12, {"16": 312e12, "tf32": 156e12, "ieee": 19.5e12}, 1.41e9, 164 << 10, 108),
+    86: Chip(0.94e12, 2.5e12, {"16": 71e12, "tf32": 36e12, "ieee": 36e12}, 1.7e9, 100 << 10, 82),
     89: Chip(0.86e12, 4e12, {"16": 362e12, "tf32": 183e12, "ieee": 91e12}, 2.5e9, 100 << 10, 142),
     90: Chip(3.35e12, 7e12, {"16": 989e12, "tf32": 494e12, "ieee": 67e12}, 1.83e9, 228 << 10, 132),
     100: Chip(8.0e12, 16e12, {"16": 2250e12, "tf32": 1125e12, "ieee": 75e12}, 1.9e9, 228 << 10, 148),
