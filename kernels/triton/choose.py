@@ -95,6 +95,10 @@ def reload() -> None:
 def forced(path: str, config: ConvConfig | None = None) -> Iterator[None]:
     """Every convolution without groups runs this way: how the tuner and the tests reach what would not be chosen."""
     global _forced
+    if (path, config is None) not in (("split", True), ("fused", False)):
+        raise ValueError(
+            f"path, config: got {path!r} and {config}, allowed are 'split' and None, 'fused' and a config"
+        )
     before, _forced = _forced, Choice(path, config, "forced")
     try:
         yield

@@ -111,20 +111,28 @@ def _shared(config: ConvConfig, item: int) -> int:
     return config.num_stages * (config.block_m + config.block_n) * config.block_k * item
 
 
-def _registers(config: ConvConfig, item: int) -> int:
-    """Accumulators, the operand that is activated in registers, and what addresses take."""
+def _registers(problem: Problem, config: ConvConfig) -> float:
+    """Registers a thread, by a rule read from kernels compiled for sm_90; more than there are where they spill.
+
+    Accumulators; in fprop and wgrad the operand that is activated in registers, in float32; in dgrad a second tile
+    beside the accumulators, the x of the mask.
+    """
     threads = 32 * config.num_warps
-    return min(
-        255, (config.block_m * config.block_n + config.block_m * config.block_k * item // 4) // threads + 60
-    )
+    accumulators = config.block_m * config.block_n / threads
+    if problem.op == "dgrad":
+        return 60 + 2.0 * accumulators
+    if problem.op == "wgrad":
+        return 60 + 1.4 * accumulators
+    return 50 + 1.25 * accumulators + 1.75 * config.block_m * config.block_k / threads
 
 
 def fits(problem: Problem, config: ConvConfig, device: Device, resources: Resources | None = None) -> bool:
     """Whether the configuration can be launched, and does not spill."""
-    shared = _shared(config, problem.dtype.itemsize) if resources is None else resources.shared
-    if shared > chip_of(device).shared - 1024 or (resources is not None and resources.spills):
-        return False
-    return config.block_m * config.block_n <= 128 * 32 * config.num_warps
+    if resources is not None:
+        return resources.shared <= chip_of(device).shared - 1024 and not resources.spills
+    # The estimate is rough: a little past the 255 registers of a thread may still compile without spills.
+    shared = _shared(config, problem.dtype.itemsize)
+    return shared <= chip_of(device).shared - 1024 and _registers(problem, config) <= 270
 
 
 def _count(problem: Problem, config: ConvConfig, device: Device) -> _Work:
@@ -171,7 +179,9 @@ def predict(
     work = _count(problem, config, device)
     scale = device.multiprocessors / chip.multiprocessors  # a cut-down chip has less of everything
     shared = _shared(config, item) if resources is None else resources.shared
-    registers = _registers(config, item) if resources is None else max(resources.registers, 16)
+    registers = min(
+        255, int(_registers(problem, config)) if resources is None else max(resources.registers, 16)
+    )
     resident = max(
         1,
         min(
