@@ -16,6 +16,7 @@ COMMANDS = {
     "report": "write docs/performance.md, its figures and README's block from the results",
     "compare": "regressions beyond noise between two results files or two commits",
     "compile": "cross-compile the Triton kernels and read what came out",
+    "cost": "the cost model's ranking of launch configurations, beside what was measured",
     "gpu": "everything that needs a GPU, most valuable first, resumable",
 }
 

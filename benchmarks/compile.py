@@ -1,8 +1,8 @@
 """Compile every kernel a training step would launch, for chips that are not there, and read what came out.
 
 The launches are recorded from real training steps of real networks on meta tensors, so the list is what the code
-would choose, not a list somebody keeps. Triton's own ptxas, cuobjdump and nvdisasm (in its package) tell registers,
-spills, shared memory and tensor-core instructions; on AMD the assembly says the same of itself.
+would choose, not a list somebody keeps. Registers, spills, shared memory and instructions are read from the compiled
+code (``fused_preact.kernels.triton.crosscompile``).
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import collections
 import csv
 import io
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import fused_preact
+from fused_preact.kernels.triton.crosscompile import Resources, Source, compile_source, source_of
+
+from . import results
 
 # Architecture -> (device as the launchers see it, bytes of shared memory a program may have).
 TARGETS: dict[str, tuple[tuple[str, int | str, int], int]] = {
@@ -39,42 +38,27 @@ NETWORKS = {
 }
 # float32 twice: with TF32, PyTorch's default for convolutions, and without.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp32-ieee": torch.float32}
-TENSOR_CORE = {
-    "cuda": r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?((?:HGMMA|HMMA|UTCHMMA|UTCQMMA)\S*)",
-    "hip": r"^\s+(v_mfma\S*)",
-}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel with everything that its machine code depends on."""
+    """One kernel of a network's step, for one chip."""
 
     network: str
     dtype: str
     target: str
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
-    num_warps: int
-    num_stages: int
+    source: Source
+
+    @property
+    def name(self) -> str:
+        """Such as "conv_fprop"."""
+        return self.source.kernel.split(":_")[1].removesuffix("_kernel")
 
     @property
     def tile(self) -> str:
         """The tile's sizes as in the configuration."""
-        blocks = [v for k, v in self.constants if k.startswith("BLOCK")]
+        blocks = [v for k, v in self.source.constants if k.startswith("BLOCK")]
         return "x".join(map(str, blocks))
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the compiler made of a job."""
-
-    registers: int
-    spills: int
-    shared: int
-    tensor_core: int
-    instruction: str = field(default="")
 
 
 def record(network: str, dtype: str, target: str) -> list[Job]:
@@ -93,109 +77,14 @@ def record(network: str, dtype: str, target: str) -> list[Job]:
             model(x.contiguous(memory_format=torch.channels_last)).sum().backward()
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
-    jobs = (_job(network, dtype, target, launch) for launch in launches)
+    jobs = (Job(network, dtype, target, source_of(launch)) for launch in launches)
     return list(dict.fromkeys(jobs))
-
-
-def _job(network: str, dtype: str, target: str, launch: Any) -> Job:
-    kernel = launch.kernel
-    annotated = {p.name for p in kernel.params if p.is_constexpr}
-    signature, constants, aligned = [], [], []
-    for name in kernel.arg_names:
-        value = launch.arguments[name]
-        kind = _kind(value)
-        # As Triton's own launcher specialises: None and 1 become constants, alignment to 16 is told.
-        if name in annotated or value is None or (kind.startswith("i") and value == 1):
-            signature.append((name, "constexpr"))
-            constants.append((name, value))
-            continue
-        signature.append((name, kind))
-        if kind.startswith("*") or (kind.startswith("i") and value % 16 == 0):
-            aligned.append(name)
-    return Job(
-        network,
-        dtype,
-        target,
-        f"{kernel.__module__}:{kernel.__name__}",
-        tuple(signature),
-        tuple(constants),
-        tuple(aligned),
-        launch.num_warps,
-        launch.num_stages,
-    )
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    if isinstance(value, int):
-        return "i32" if abs(value) < 2**31 else "i64"
-    return "constexpr"
 
 
 def compile_job(job: Job) -> Resources:
     """Compile one job and read its resources; raises where the compiler does."""
-    import importlib
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    module, name = job.kernel.split(":")
-    kernel = getattr(importlib.import_module(module), name)
-    position = {n: i for i, n in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        kernel,
-        signature=dict(job.signature),
-        constexprs={(position[n],): v for n, v in job.constants},
-        attrs={(position[n],): [["tt.divisibility", 16]] for n in job.aligned},
-    )
     (backend, arch, _), _ = TARGETS[job.target]
-    target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
-    compiled = triton.compile(source, target=target, options=options)
-    if backend == "hip":
-        return _amd_resources(compiled)
-    return _nvidia_resources(compiled)
-
-
-def _nvidia_resources(compiled: Any) -> Resources:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = _run(tools / "cuobjdump", "-res-usage", cubin.name)
-        sass = _run(tools / "nvdisasm", "-c", cubin.name)
-    registers = int(re.findall(r"REG:(\d+)", usage)[0])
-    stack = int(re.findall(r"STACK:(\d+)", usage)[0])
-    found = re.findall(TENSOR_CORE["cuda"], sass, re.MULTILINE)
-    # Spilled registers live on the stack; a kernel without a stack frame has none.
-    spills = stack if re.search(r"\b(STL|LDL)\b", sass) else 0
-    return Resources(registers, spills, compiled.metadata.shared, len(found), _commonest(found))
-
-
-def _amd_resources(compiled: Any) -> Resources:
-    assembly = compiled.asm["amdgcn"]
-
-    def number(key: str) -> int:
-        return int(re.findall(rf"\.{key}:\s+(\d+)", assembly)[0])
-
-    found = re.findall(TENSOR_CORE["hip"], assembly, re.MULTILINE)
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return Resources(number("vgpr_count"), spills, compiled.metadata.shared, len(found), _commonest(found))
-
-
-def _commonest(instructions: list[str]) -> str:
-    names = collections.Counter(i.split(".")[0] for i in instructions)
-    return names.most_common(1)[0][0] if names else ""
-
-
-def _run(*command: Any) -> str:
-    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout
+    return compile_source(job.source, backend, arch)
 
 
 def compile_jobs(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Resources | str]]:
@@ -220,7 +109,7 @@ def problems(job: Job, resources: Resources | str) -> list[str]:
         found.append(f"{resources.spills} bytes of spills")
     if resources.shared > limit:
         found.append(f"{resources.shared} bytes of shared memory, the chip has {limit}")
-    if ":_conv_" in job.kernel and job.dtype == "bf16":
+    if job.name.startswith("conv_") and job.dtype == "bf16":
         wanted = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}[job.target]
         if not resources.instruction.startswith(wanted):
             found.append(f"tensor-core instruction is {resources.instruction or 'none'}, wanted {wanted}")
@@ -229,18 +118,13 @@ def problems(job: Job, resources: Resources | str) -> list[str]:
 
 def all_jobs(targets: Iterable[str], networks: Iterable[str], dtypes: Iterable[str]) -> list[Job]:
     """The distinct jobs of the given networks; a kernel that two networks share is listed once."""
-    seen: dict[tuple[Any, ...], Job] = {}
+    seen: dict[tuple[str, str, Source], Job] = {}
     for target in targets:
         for dtype in dtypes:
             for network in networks:
                 for job in record(network, dtype, target):
-                    values = tuple(v for k, v in asdict(job).items() if k != "network")
-                    seen.setdefault(_frozen(values), job)
+                    seen.setdefault((target, dtype, job.source), job)
     return list(seen.values())
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, (tuple, list)) else value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -266,9 +150,9 @@ def main(argv: list[str] | None = None) -> int:
         print(_line(job, resources, wrong), flush=True)
     print(f"{len(rows)} kernels compiled, {bad} with a problem")
     if args.csv:
-        _write(args.csv, _csv(rows))
+        results.replace(args.csv, _csv(rows))
     if args.markdown:
-        _write(args.markdown, _markdown(rows))
+        results.replace(args.markdown, _markdown(rows))
     return 1 if bad else 0
 
 
@@ -276,8 +160,8 @@ Row = tuple[Job, "Resources | str", list[str]]
 
 
 def _line(job: Job, resources: Resources | str, wrong: list[str]) -> str:
-    name = job.kernel.split(":_")[1].removesuffix("_kernel")
-    head = f"{job.target:7} {job.dtype:9} {name:22} {job.tile:12} w{job.num_warps} s{job.num_stages}"
+    warps, stages = job.source.num_warps, job.source.num_stages
+    head = f"{job.target:7} {job.dtype:9} {job.name:22} {job.tile:12} w{warps} s{stages}"
     if isinstance(resources, str):
         return f"{head}  FAILED {resources.splitlines()[0]}"
     tail = f"  {resources.registers:3} regs {resources.spills:4} spills {resources.shared:6} shared"
@@ -288,12 +172,14 @@ def _csv(rows: list[Row]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     columns = ["target", "dtype", "network", "kernel", "tile", "warps", "stages", "constants"]
-    writer.writerow([*columns, "registers", "spills", "shared", "tensor_core", "instruction", "problem"])
+    found = [f.name for f in fields(Resources)]
+    writer.writerow([*columns, *found, "problem"])
     for job, resources, wrong in rows:
-        name = job.kernel.split(":_")[1].removesuffix("_kernel")
-        constants = " ".join(f"{k}={v}" for k, v in job.constants if not k.startswith("BLOCK"))
-        row = [job.target, job.dtype, job.network, name, job.tile, job.num_warps, job.num_stages, constants]
-        measured = [""] * 5 if isinstance(resources, str) else list(asdict(resources).values())
+        source = job.source
+        constants = " ".join(f"{k}={v}" for k, v in source.constants if not k.startswith("BLOCK"))
+        row = [job.target, job.dtype, job.network, job.name, job.tile]
+        row += [source.num_warps, source.num_stages, constants]
+        measured = [""] * len(found) if isinstance(resources, str) else list(asdict(resources).values())
         writer.writerow([*row, *measured, "; ".join(wrong)])
     return out.getvalue()
 
@@ -304,7 +190,7 @@ def _markdown(rows: list[Row]) -> str:
     groups: dict[tuple[str, str, str], list[Resources]] = collections.defaultdict(list)
     for job, resources, _ in rows:
         if not isinstance(resources, str):
-            groups[job.target, job.dtype, job.kernel.split(":_")[1].removesuffix("_kernel")].append(resources)
+            groups[job.target, job.dtype, job.name].append(resources)
     bad = sum(bool(wrong) for _, _, wrong in rows)
     lines = [
         "# Compiled kernels",
@@ -337,13 +223,6 @@ def _range(values: Iterable[int]) -> str:
     values = list(values)
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}–{high}"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,10 @@ def kind_of(name: str) -> str:
 
 def call(candidate: Candidate) -> None:
     """One call, forward and backward."""
-    out = candidate.forward(0)
-    if candidate.backward is not None:
-        candidate.backward(0, out)
+    with candidate.context():
+        out = candidate.forward(0)
+        if candidate.backward is not None:
+            candidate.backward(0, out)
 
 
 def by_kind(candidate: Candidate, device: torch.device) -> dict[str, float]:

@@ -75,7 +75,7 @@ class Training:
             optimiser.step()
             optimiser.zero_grad()
 
-        with autocast(self.setting):
+        with peer.context(), autocast(self.setting):
             logits = function(images).detach().double().clone()
         if peer.name == BASE:
             eager.append(logits)
@@ -85,7 +85,7 @@ class Training:
             wrong = correct.units_problem(
                 self.model, self.setting.torch_dtype, self.setting.torch_device, _run_fused
             )
-        return Candidate(peer.name, forward, backward), wrong
+        return Candidate(peer.name, forward, backward, peer.context), wrong
 
     def bare(self) -> Candidate:
         """The convolutions alone."""
@@ -131,12 +131,14 @@ class Inference:
             with torch.no_grad():
                 return function(images)
 
-        logits = forward(0).double().clone()
+        with peer.context():
+            logits = forward(0).double().clone()
         if peer.name == BASE:
             eager.append(logits)
         factor = correct.OURS if ours else correct.PEER
         dtype = self.setting.torch_dtype
-        return Candidate(peer.name, forward), _logits_problem(logits, eager[0], self.oracle, dtype, factor)
+        wrong = _logits_problem(logits, eager[0], self.oracle, dtype, factor)
+        return Candidate(peer.name, forward, None, peer.context), wrong
 
     def bare(self) -> Candidate:
         """The convolutions alone."""

@@ -6,6 +6,8 @@ package is not installed is listed as missing; one that raises is listed with it
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import logging
 import tempfile
@@ -37,6 +39,8 @@ class Peer(NamedTuple):
     memory_format: torch.memory_format = CHANNELS_LAST
     package: str = ""
     """The module to import; empty where PyTorch itself is enough."""
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    """Entered around every block of its calls, forward and backward."""
 
 
 def missing(peer: Peer) -> str | None:
@@ -132,11 +136,9 @@ def _openvino(net: nn.Module, x: Tensor, setting: Setting) -> Function:
     return run
 
 
-def _no_adapter(package: str) -> Callable[[nn.Module, Tensor, Setting], Function]:
-    def prepare(net: nn.Module, x: Tensor, setting: Setting) -> Any:
-        raise NotImplementedError(f"{package} is installed, but this suite has no adapter for it")
-
-    return prepare
+def _gems() -> contextlib.AbstractContextManager[Any]:
+    """FlagGems' Triton operators in the place of PyTorch's, all that it has."""
+    return importlib.import_module("flag_gems").use_gems()
 
 
 _EAGER = [
@@ -148,21 +150,23 @@ _TUNED = Peer("max-autotune", _compiled("max-autotune"), "pointwise")
 _OURS = Peer(OURS, _as_is, "c1")
 
 
-def _gpu_only(*packages: tuple[str, str]) -> list[Peer]:
-    return [Peer(name, _no_adapter(package), "c1", package=package) for name, package in packages]
+_GEMS = Peer("FlagGems", _as_is, "eager", package="flag_gems", context=_gems)
+
+NOT_COMPARED = {
+    "cuDNN frontend": "a graph of operations and no drop-in for a network; its fused convolutions take fp16 with "
+    "fp16 scales, and the backward that reduces BN's gradients is not bound in Python",
+    "inplace_abn": "needs an activation that can be inverted and refuses ReLU, so it cannot run this network",
+    "apex": "contrib.groupbn fuses BN with ReLU or addition in NHWC fp16 and nothing into a convolution, and its "
+    "bottleneck is post-activation with frozen BN",
+}
+"""Libraries near this one that no figure here is of, and why."""
 
 
 def training(setting: Setting) -> list[Peer]:
     """The peers of a training step that were asked for; the base is always among them."""
     found = [*_EAGER, _OURS]
     if setting.device == "cuda":
-        found += [_TUNED]
-        found += _gpu_only(
-            ("cuDNN frontend", "cudnn"),
-            ("FlagGems", "flag_gems"),
-            ("inplace_abn", "inplace_abn"),
-            ("apex", "apex"),
-        )
+        found += [_TUNED, _GEMS]
     return [p for p in found if p.name == BASE or setting.wants(p.name)]
 
 
@@ -171,7 +175,7 @@ def inference(setting: Setting) -> list[Peer]:
     found = [*_EAGER, Peer("inductor frozen", _frozen, "pointwise"), _OURS]
     found += [Peer(OPTIMIZED, _optimized, "c1")]
     if setting.device == "cuda":
-        found += [_TUNED, *_gpu_only(("cuDNN frontend", "cudnn"), ("FlagGems", "flag_gems"))]
+        found += [_TUNED, _GEMS]
     else:
         nchw = torch.contiguous_format
         found += [

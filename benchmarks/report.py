@@ -9,7 +9,7 @@ import argparse
 import re
 from pathlib import Path
 
-from . import figures, results, tables
+from . import figures, peers, results, tables
 from .results import Row
 
 START, END = "<!-- figures -->", "<!-- /figures -->"
@@ -71,6 +71,8 @@ def page(rows: list[Row], folder: str = "figures") -> str:
     section("BN → ReLU → convolution sites", ("op-", "roofline-"), tables.cases(by["op"]))
     section("Memory", ("memory-",), tables.memory(by["memory"]))
     section("Host overhead", ("none",), tables.overhead([r for r in rows if r.command == "overhead"]))
+    reasons = [f"- {name}: {reason}." for name, reason in peers.NOT_COMPARED.items()]
+    section("Not compared", ("none",), reasons)
     section("Roofline", ("none",), tables.roofline([r for r in rows if r.command == "roofline"]))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 

@@ -169,6 +169,14 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     temporary.replace(path)
 
 
+def replace(path: Path, text: str) -> None:
+    """Write a generated page at once, and say so."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+    print(f"wrote {path}")
+
+
 def load(path: Path) -> list[Row]:
     """The rows of one file, none where it does not exist; columns of older files may be missing."""
     if not path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -44,6 +45,28 @@ def _serves(device: torch.device) -> str:
     return ", ".join(served)
 
 
+def _tables() -> list[str]:
+    """Which tuned tables the Triton kernels go by on each GPU here, and how to make one."""
+    if ops._unavailable("triton", None) is not None:
+        return []
+    kernels = "fused_preact.kernels.triton"
+    tables = importlib.import_module(f"{kernels}.tables")
+    device_of = importlib.import_module(f"{kernels}.common").device_of
+    lines = [f"tuned tables   {tables.cache_folder()}"]
+    for device in _devices()[1:]:
+        name = device_of(torch.empty(0, device=device)).name
+        sources = [entry["source"] for entry in tables.entries(name).values()]
+        found = ", ".join(f"{sources.count(s)} {s}" for s in ("cache", "shipped") if s in sources)
+        lines += [
+            f"  {name}: {found or 'no'} entries, the heuristic serves the rest",
+            f"    table {tables.cache_path(name)}",
+            "    tune with python -m fused_preact.tune --model preact_resnet50 --batch 256 --dtype bf16",
+        ]
+    if len(lines) == 1:
+        lines.append("  no GPU here; on one, python -m fused_preact.tune writes its table there")
+    return lines
+
+
 def report() -> str:
     """The report that the command prints, as text."""
     asked = ops.requested_backend()
@@ -65,6 +88,7 @@ def report() -> str:
         "  reference    available: plain PyTorch, serves float64 everywhere and whatever no kernel serves"
     )
     lines += [f"serving {device.type:<6} {_serves(device)}" for device in _devices()]
+    lines += _tables()
     return "\n".join(lines)
 
 

@@ -182,7 +182,7 @@ def bn_relu_avg_pool2d(input: Tensor, bn: BatchNorm, statistics: Statistics | No
     input = to_native_format(input)
     mean, var = _first_statistics(input, bn, statistics, backend)
     out = HeadFunction.apply(bn.eps, bn.batch_stats, backend, input, bn.weight, bn.bias, mean, var)
-    _update_running_statistics(bn, mean, var, _values_per_channel(input))
+    _update_running_statistics(bn, mean, var, _values_per_channel(input), backend)
     return out
 
 
@@ -226,10 +226,10 @@ def _unit(
     shortcut = (None, None) if projection is None else (projection.weight, projection.bias)
     y, mean, var, *made = UnitFunction.apply(unit, backend, x, residual, *shortcut, *parameters, *given)
 
-    _update_running_statistics(sites[0][0], *first, _values_per_channel(x))
+    _update_running_statistics(sites[0][0], *first, _values_per_channel(x), backend)
     for (bn, _), shape in zip(sites[1:], shapes, strict=False):
         if bn.batch_stats:
-            _update_running_statistics(bn, made[0], made[1], shape[0] * shape[2] * shape[3])
+            _update_running_statistics(bn, made[0], made[1], shape[0] * shape[2] * shape[3], backend)
             made = made[2:]
     y = y.contiguous(memory_format=outer_format)
     return y, Statistics(mean, var) if return_statistics else None
@@ -263,23 +263,14 @@ def _first_statistics(
         return ops.table(backend).bn_stats(x.detach())
 
 
-def _update_running_statistics(bn: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
-    """What ``nn.BatchNorm2d`` does to its buffers in training: momentum (None: cumulative), unbiased variance."""
+def _update_running_statistics(bn: BatchNorm, mean: Tensor, var: Tensor, count: int, backend: str) -> None:
+    """What ``nn.BatchNorm2d`` does to its buffers in training; nothing in eval mode or where there are none."""
     if not bn.training or bn.running_mean is None or bn.running_var is None:
         return
     with torch.no_grad():
-        momentum: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
-        if bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-            if bn.momentum is None:
-                # As a tensor: a Python number would need the counter on the host at every step.
-                momentum = bn.num_batches_tracked.reciprocal()
-        dtype = bn.running_mean.dtype
-        unbiased = var * (count / max(count - 1, 1))
-        if isinstance(momentum, Tensor):
-            momentum = momentum.to(dtype)
-        bn.running_mean.lerp_(mean.to(dtype), momentum)
-        bn.running_var.lerp_(unbiased.to(dtype), momentum)
+        ops.table(backend).bn_update_running(
+            mean, var, bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.momentum, count
+        )
 
 
 # --- autocast and memory format ---------------------------------------------------------------------------
@@ -328,6 +319,11 @@ def to_native_format(x: Tensor) -> Tensor:
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    if type(value) is tuple and len(value) == 2:
+        # What every nn.Conv2d has, at every call of every site.
+        first, second = value
+        if type(first) is int and type(second) is int and first >= least and second >= least:
+            return first, second
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
         raise ValueError(f"{name}: got {value!r}, allowed is an integer or two, each at least {least}")
@@ -356,18 +352,20 @@ def _check_added(name: str, shape: tuple[int, ...], out_shape: tuple[int, ...]) 
 
 
 def _check_batch_norm(x: Tensor, bn: BatchNorm, prefix: str, shape: tuple[int, ...]) -> None:
-    for field in ("weight", "bias", "running_mean", "running_var"):
-        tensor = getattr(bn, field)
-        if tensor is None:
+    wide, expected = statistics_dtype(x.dtype), (shape[1],)
+    tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    for field, tensor in zip(BatchNorm._fields, tensors, strict=False):
+        if tensor is None or (
+            tensor.shape == expected and tensor.dtype in (x.dtype, wide) and tensor.device == x.device
+        ):
             continue
         # preact_conv2d has one argument list for both: there the BN's weight is called bn_weight.
         name = f"{prefix}{field}" if prefix or field.startswith("running") else f"bn_{field}"
-        _check_same_kind(name, tensor, x, also=statistics_dtype(x.dtype))
-        if tensor.shape != (shape[1],):
-            raise ValueError(
-                f"{name}: got shape {tuple(tensor.shape)}, allowed is ({shape[1]},), "
-                "one value per channel of its input"
-            )
+        _check_same_kind(name, tensor, x, also=wide)
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)}, allowed is ({shape[1]},), "
+            "one value per channel of its input"
+        )
     if (bn.running_mean is None) != (bn.running_var is None):
         raise ValueError(
             f"{prefix}running_mean, {prefix}running_var: got one of them, allowed are both or neither"

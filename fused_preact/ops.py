@@ -2,8 +2,9 @@
 
 ``torch.ops.fused_preact.*`` dispatch by device: the plain-PyTorch reference is registered as
 CompositeExplicitAutograd and serves every device; Triton's kernels are registered for CUDA (ROCm included)
-and XPU, the compiled ones of ``kernels/cpu`` for CPU, and so take precedence there. The ops are functional
-and carry no autograd formula: the public functions in :mod:`fused_preact.functional` are the way in.
+and XPU, the compiled ones of ``kernels/cpu`` for CPU, and so take precedence there. The ops carry no autograd
+formula, and all but ``bn_update_running`` are functional: the public functions in :mod:`fused_preact.functional`
+are the way in.
 
 :func:`backend` forces one backend, for comparisons and for debugging.
 """
@@ -35,6 +36,9 @@ _SCHEMAS = {
     "bn_stats": "(Tensor x) -> (Tensor, Tensor)",
     "bn_scale_shift": "(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor, Tensor, Tensor)",
+    # The one that writes: in place to the buffers, outside of what autograd sees.
+    "bn_update_running": "(Tensor mean, Tensor var, Tensor(a!) running_mean, Tensor(b!) running_var,"
+    " Tensor(c!)? num_batches_tracked, float? momentum, int count) -> ()",
     "conv_fprop": "(Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor? bias, Tensor? residual,"
     f" {_CONV}, bool stats, bool relu=False) -> (Tensor, Tensor, Tensor)",
     "conv_dgrad": "(Tensor dy, Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? da,"
@@ -73,6 +77,10 @@ def _fake_bn_scale_shift(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(var), torch.empty_like(var), torch.empty_like(var)
+
+
+def _fake_bn_update_running(mean: Tensor, *args: Any) -> None:
+    return None
 
 
 def _fake_conv_fprop(
@@ -161,26 +169,18 @@ def _warn_without_triton() -> None:
     )
 
 
-# Position of ``groups`` among the arguments: grouped convolutions take the library's path.
-_GROUPS = {"conv_fprop": 9, "conv_dgrad": 10, "conv_wgrad": 8, "conv_backward": 10}
-
-
-def _beyond_triton(name: str, args: tuple[Any, ...]) -> bool:
+def _beyond_triton(args: tuple[Any, ...]) -> bool:
     """Whether the reference serves this call on every device.
 
-    float64 (the oracle's dtype), groups, no elements, and more than 2^31 pixels: the kernels count elements in 64
-    bits but pixels in 32.
+    float64 (the oracle's dtype), no elements, and more than 2^31 pixels: the kernels count elements in 64 bits but
+    pixels in 32.
     """
-    if name in _GROUPS and args[_GROUPS[name]] != 1:
-        return True
     for t in args:
         if isinstance(t, Tensor):
             elements = t.numel()
-            if (
-                t.dtype == torch.float64
-                or elements == 0
-                or elements // t.shape[1 if t.dim() > 1 else 0] >= 2**31
-            ):
+            if t.dtype == torch.float64 or elements == 0:
+                return True
+            if t.dim() > 1 and elements // t.shape[1] >= 2**31:
                 return True
     return False
 
@@ -193,7 +193,7 @@ def _triton_op(name: str) -> Callable[..., Any]:
         if _triton_missing() is not None:
             _warn_without_triton()
             return fallback(*args)
-        if _beyond_triton(name, args):
+        if _beyond_triton(args):
             return fallback(*args)
         return getattr(_triton_table(), name)(*args)
 

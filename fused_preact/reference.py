@@ -1,8 +1,8 @@
 """The operations in plain PyTorch: what every kernel is checked against, and what serves where none is.
 
-A *site* is BN -> ReLU -> convolution. Its forward and its closed-form backward are made of the
-functions below, each with the signature of the op of the same name in :mod:`fused_preact.ops` and of the
-launcher of the same name in ``fused_preact.kernels.triton``. :mod:`fused_preact.schedule` chains them into
+A *site* is BN -> ReLU -> convolution. Its forward and its closed-form backward are made of the functions
+below, each with the signature of the op of the same name in :mod:`fused_preact.ops` and of the launcher of
+the same name in ``fused_preact.kernels.triton``. :mod:`fused_preact.schedule` chains them into
 a whole residual unit. All of them take any floating dtype; float64 makes them the oracle.
 
 Equations (He et al. 2016, arXiv:1603.05027, for the unit; Ioffe & Szegedy 2015, arXiv:1502.03167, for BN),
@@ -34,6 +34,7 @@ __all__ = [
     "bn_relu_avg_pool_reduce",
     "bn_scale_shift",
     "bn_stats",
+    "bn_update_running",
     "conv_backward",
     "conv_dgrad",
     "conv_fprop",
@@ -104,6 +105,31 @@ def bn_scale_shift(
     if bias is not None:
         shift = shift + bias.to(rstd.dtype)
     return scale, shift, rstd
+
+
+def bn_update_running(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    count: int,
+) -> None:
+    """What BN in training does to its buffers, in place: running <- running + momentum (new - running).
+
+    The new variance is the unbiased one, over ``count`` values a channel; ``num_batches_tracked`` goes up by one, and
+    ``momentum=None`` weighs by its reciprocal (the cumulative average), read on the device.
+    """
+    weight: float | Tensor = 0.0 if momentum is None else momentum
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            # As a tensor: a Python number would need the counter on the host at every step.
+            weight = num_batches_tracked.to(mean.dtype).reciprocal().to(running_mean.dtype)
+    unbiased = var * (count / max(count - 1, 1))
+    running_mean.lerp_(mean.to(running_mean.dtype), weight)
+    running_var.lerp_(unbiased.to(running_var.dtype), weight)
 
 
 def conv_fprop(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks import (  # noqa: E402
     networks,
     op,
     options,
+    peers,
     report,
     results,
 )
@@ -313,10 +315,10 @@ def test_committed_pages_follow_from_the_committed_results() -> None:
 @pytest.mark.slow
 def test_gpu_command_runs_keeps_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["gpu", "--device", "cpu", "--quick", "--threads", "1", "--results", str(tmp_path)]
-    arguments += ["--only", f"correct {gpu.IMAGENET} bf16", "step 50 compile"]
+    arguments += ["--only", f"correct {gpu.IMAGENET} bf16", "tune 50", "step 50 compile"]
     assert main(arguments) == 0
     stages = results.load(tmp_path / "gpu.csv")
-    assert [r.case for r in stages] == [f"correct {gpu.IMAGENET} bf16", "step 50 compile"]
+    assert [r.case for r in stages] == [f"correct {gpu.IMAGENET} bf16", "tune 50", "step 50 compile"]
     assert all(r.status == "ok" for r in stages)
     checked = results.load(tmp_path / "op.csv")
     assert {r.status for r in checked if r.candidate == "fused"} == {"ok"}
@@ -324,7 +326,7 @@ def test_gpu_command_runs_keeps_and_resumes(tmp_path: Path, capsys: pytest.Captu
     assert [r for r in results.load(tmp_path / "step.csv") if r.candidate == "fused" and r.p50]
     capsys.readouterr()
     assert main(arguments) == 0
-    assert capsys.readouterr().out.count("finished before") == 2
+    assert capsys.readouterr().out.count("finished before") == 3
 
 
 def test_gpu_command_says_what_it_did_not_reach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,6 +337,10 @@ def test_gpu_command_says_what_it_did_not_reach(tmp_path: Path, capsys: pytest.C
 
 def test_stages_of_the_gpu_command_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody would see a typing error in their arguments before a GPU is there."""
+    pytest.importorskip("triton")
+    from fused_preact.tune import cli as tune_cli
+
+    assert gpu.UNFINISHED == tune_cli.UNFINISHED
     seen = []
 
     class Parsed(Exception):
@@ -347,11 +353,34 @@ def test_stages_of_the_gpu_command_parse(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(options, "parse", parse)
     setting = Setting("gpu", [], None, "bf16", "cuda", None, 8, 1, folder=Path("results"))
     for stage in gpu.stages():
+        command = gpu._command(stage, 0, setting)
+        if stage.module != "benchmarks":
+            seen.append(tune_cli._parser().parse_args(command[3:]))
+            continue
         with pytest.raises(Parsed):
-            main(gpu._command(stage, 0, setting)[3:])
+            main(command[3:])
     assert all(args.device == "cuda" for args in seen)
     # What matters most comes within the promised eight minutes.
     assert sum(s.seconds for s in gpu.stages()[:7]) < 9 * 60
+
+
+def test_a_peer_replaces_operators_only_inside_its_blocks() -> None:
+    state = []
+
+    @contextlib.contextmanager
+    def entered():
+        state.append("in")
+        yield
+        state.append("out")
+
+    candidate = measure.Candidate("peer", lambda i: state.append("run"), None, entered)
+    measured = measure.interleave([candidate], torch.device("cpu"), 0, min_rounds=1, max_rounds=1, block_ms=0)
+    assert measured.errors == {}
+    assert state == ["in", "run", "out"] * 4, "two warm-ups, one calibration, one round"
+    assert [p.name for p in peers.training(Setting("step", [], 2, "bf16", "cuda", ["FlagGems"], 1, 1))] == [
+        peers.BASE,
+        "FlagGems",
+    ]
 
 
 def test_cases_cover_the_networks() -> None:

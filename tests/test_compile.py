@@ -67,9 +67,9 @@ def test_wgmma_on_hopper(compiled: list[dict[str, str]]) -> None:
 def test_problems_are_found() -> None:
     """The check itself: spills, too much shared memory and a missing instruction are reported."""
     sys.path.insert(0, str(ROOT))
-    from benchmarks.compile import Job, Resources, problems
+    from benchmarks.compile import Job, Resources, Source, problems
 
-    job = Job("n", "bf16", "sm_90", "m:_conv_fprop_kernel", (), (), (), 8, 3)
+    job = Job("n", "bf16", "sm_90", Source("m:_conv_fprop_kernel", (), (), (), 8, 3))
     assert problems(job, Resources(128, 0, 1024, 4, "HGMMA")) == []
     assert problems(job, Resources(255, 16, 1024, 4, "HGMMA"))
     assert problems(job, Resources(128, 0, 300 * 1024, 4, "HGMMA"))

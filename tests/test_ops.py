@@ -32,6 +32,11 @@ def samples(
     return {
         "bn_stats": [(s.x,)],
         "bn_scale_shift": [(s.mean, s.rstd, gamma, s.scale + 1, 1e-5), (s.mean, s.rstd, None, None, 1e-3)],
+        "bn_update_running": [
+            (s.mean, s.rstd, s.scale + 1, s.shift + 1, torch.tensor(3, device=device), 0.1, 70),
+            (s.mean, s.rstd, s.scale + 1, s.shift + 1, torch.tensor(3, device=device), None, 70),
+            (s.mean, s.rstd, s.scale + 1, s.shift + 1, None, 0.1, 70),
+        ],
         "conv_fprop": [
             (s.x, *vectors, s.weight, s.bias, s.residual, *s.constants, True),
             (s.x, *vectors, s.weight, None, None, *s.constants, False),
@@ -66,8 +71,8 @@ def test_opcheck(name: str, device: str, memory_format: torch.memory_format) -> 
         torch.library.opcheck(op, sample)
 
 
-def described(results: Tensor | tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
-    results = (results,) if isinstance(results, Tensor) else results
+def described(results: Tensor | tuple[Tensor, ...] | None) -> list[tuple[Any, ...]]:
+    results = (results,) if isinstance(results, Tensor) else results or ()
     # Strides of sizes 0 and 1 are free.
     return [
         (t.shape, t.dtype, [st for st, size in zip(t.stride(), t.shape, strict=True) if size > 1])
@@ -87,6 +92,40 @@ def test_backends_return_the_same_kind(
         assert described(getattr(triton_ops, name)(*sample)) == expected
         fake = [a.to("meta") if isinstance(a, Tensor) else a for a in sample]
         assert described(getattr(torch.ops.fused_preact, name)(*fake)) == expected
+
+
+TABLES = [
+    pytest.param(reference, "cpu", id="reference"),
+    pytest.param(torch.ops.fused_preact, "cpu", id="cpu"),
+    pytest.param(triton_ops, "cpu", id="interpreter"),
+    pytest.param(torch.ops.fused_preact, "cuda", id="cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize(("table", "device"), TABLES)
+@pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0, 0.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_running_statistics_are_those_of_batch_norm(
+    table: Any, device: str, momentum: float | None, dtype: torch.dtype
+) -> None:
+    """As nn.BatchNorm2d's, over a few steps, the counter included; also into buffers that are not dense."""
+    module = torch.nn.BatchNorm2d(1300, momentum=momentum).to(device, dtype)
+    mean, var = (torch.zeros(1300, 2, device=device, dtype=dtype).t()[0] for _ in range(2))
+    var += 1
+    counter = torch.tensor(0, device=device)
+    versions = [t._version for t in (mean, var, counter)]
+    for _ in range(3):
+        x = (torch.randn(2, 1300, 2, 2, device=device) * 3 + 1).to(dtype)
+        module(x)
+        found = reference.bn_stats(x)
+        table.bn_update_running(*found, mean, var, counter, momentum, 8)
+    assert counter.item() == module.num_batches_tracked.item() == 3
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(mean, module.running_mean, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(var, module.running_var, rtol=tolerance, atol=tolerance)
+    assert all(t._version > v for t, v in zip((mean, var, counter), versions, strict=True)), (
+        "autograd would not see that a saved buffer has changed"
+    )
 
 
 def test_float64_is_served_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

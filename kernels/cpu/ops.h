@@ -10,6 +10,10 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x);
 std::tuple<Tensor, Tensor, Tensor> bn_scale_shift(
     const Tensor& mean, const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps);
 
+void bn_update_running(
+    const Tensor& mean, const Tensor& var, Tensor& running_mean, Tensor& running_var,
+    const std::optional<Tensor>& counter, std::optional<double> momentum, int64_t count);
+
 std::tuple<Tensor, Tensor, Tensor> conv_fprop(
     const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& weight,
     const OptionalTensor& bias, const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,

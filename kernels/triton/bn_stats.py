@@ -15,10 +15,13 @@ from .finalize import merge_statistics
 @triton.jit
 def _bn_stats_kernel(
     x_ptr,  # [rows, C]
+    added_ptr,  # [rows, C]
+    y_ptr,  # [rows, C]
     partials_ptr,  # [tiles, 3, C]: mean (high, low) and M2
     rows,
     C,
     rows_per_tile,
+    ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -27,17 +30,25 @@ def _bn_stats_kernel(
     start = tile * rows_per_tile
     end = tl.minimum(start + rows_per_tile, rows)
     # Shifted by the tile's first row: exact, and the running mean is then as small as the spread.
-    pivot = tl.load(x_ptr + start.to(tl.int64) * C + c, mask=c < C, other=0.0).to(tl.float32)
+    first = start.to(tl.int64) * C + c
+    pivot = tl.load(x_ptr + first, mask=c < C, other=0.0).to(tl.float32)
+    if ADD:
+        pivot += tl.load(added_ptr + first, mask=c < C, other=0.0).to(tl.float32)
+        pivot = pivot.to(y_ptr.dtype.element_ty).to(tl.float32)
     mean = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     for m0 in range(start, end, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         valid = m < end
-        x = tl.load(
-            x_ptr + m.to(tl.int64)[:, None] * C + c[None, :],
-            mask=valid[:, None] & (c < C)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        offset = m.to(tl.int64)[:, None] * C + c[None, :]
+        mask = valid[:, None] & (c < C)[None, :]
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        if ADD:
+            # The statistics are those of the stored, rounded sum.
+            x += tl.load(added_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            y = x.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + offset, y, mask=mask)
+            x = y.to(tl.float32)
         seen = (m0 - start).to(tl.float32)
         count = tl.minimum(end - m0, BLOCK_M).to(tl.float32)
         high, low, block_m2 = tile_statistics(x - pivot[None, :], valid, count)
@@ -84,7 +95,17 @@ def _bn_scale_shift_kernel(
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel: ``x`` [N,C,H,W] -> two float32 [C]."""
+    return _statistics(channels_last(x), None, None)
+
+
+def add_stats(x: Tensor, added: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y = x + added (channels_last), and its mean and biased variance, in one pass over [N,C,H,W] tensors."""
     x = channels_last(x)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    return y, *_statistics(x, channels_last(added), y)
+
+
+def _statistics(x: Tensor, added: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
     n, channels, height, width = x.shape
     rows = n * height * width
     config = tile_config(channels)
@@ -100,10 +121,13 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
         num_warps=config.num_warps,
         num_stages=2,
         x_ptr=x,
+        added_ptr=added,
+        y_ptr=y,
         partials_ptr=partials,
         rows=rows,
         C=channels,
         rows_per_tile=rows_per_tile,
+        ADD=added is not None,
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_c,
     )

@@ -74,6 +74,8 @@ class Device(NamedTuple):
     arch: int | str
     """Compute capability times ten on CUDA (90), the architecture's name on HIP ("gfx942")."""
     multiprocessors: int
+    name: str = ""
+    """Which tuned tables are its; none are for a device without a name."""
 
 
 class Launch(NamedTuple):
@@ -109,12 +111,15 @@ def _device_properties(device: torch.device) -> Device:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip:
-            return Device("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
-        return Device("cuda", properties.major * 10 + properties.minor, properties.multi_processor_count)
+            name = properties.gcnArchName.split(":")[0]
+            return Device("hip", name, properties.multi_processor_count, properties.name)
+        arch = properties.major * 10 + properties.minor
+        return Device("cuda", arch, properties.multi_processor_count, properties.name)
     if device.type == "xpu":
-        return Device("xpu", 0, torch.xpu.get_device_properties(device).max_compute_units)
+        found = torch.xpu.get_device_properties(device)
+        return Device("xpu", 0, found.max_compute_units, found.name)
     # The interpreter on CPU tensors: any value serves, a small one keeps splits few.
-    return Device("cuda", 90, 4)
+    return Device("cuda", 90, 4, "Triton interpreter" if device.type == "cpu" else "")
 
 
 def device_of(x: Tensor) -> Device:

@@ -1,18 +1,20 @@
-"""Launch configurations, as data outside the kernels.
+"""Launch configurations, as data outside the kernels, and the heuristic that chooses them without a measurement.
 
-Chosen by heuristic from the shape, the dtype and the device. Nothing here times anything: the first step of a
-training run is as fast as the second once the kernels are compiled, and every rank chooses the same.
+From the shape, the dtype and the device, and nothing here times anything: the first step of a training run is as fast
+as the second once the kernels are compiled, and every rank chooses the same. :mod:`.choose` asks here for what no
+tuned table knows. The reasons beside the numbers are counted or read from compiled code, not measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .common import Device, cdiv, power_of_two
+from .geometry import Geometry
 
-__all__ = ["ConvConfig", "TileConfig", "conv_config", "tile_config", "wgrad_config", "wgrad_splits"]
+__all__ = ["ConvConfig", "TileConfig", "flat_taps", "heuristic", "tile_config", "wgrad_splits"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class ConvConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    splits: int = 0
+    """Parts that wgrad cuts its pixels into; 0: as :func:`wgrad_splits` says."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,46 @@ class TileConfig:
     num_warps: int
 
 
-def conv_config(
+def heuristic(op: str, geometry: Geometry, dtype: torch.dtype, precision: str, device: Device) -> ConvConfig:
+    """The configuration of "fprop", "dgrad" or "wgrad" where nothing was measured. Always the fused path.
+
+    The split path would move two more tensors the size of x a site; whether the library's faster convolution pays for
+    them is a question for a clock, so only a tuned table answers it with yes.
+    """
+    g = geometry
+    if op == "fprop":
+        return _flatten(_conv_config(g.rows, g.k, g.c, dtype, precision, device), g, g.c, device)
+    if op == "dgrad":
+        config = _conv_config(g.n * g.h * g.w, g.c, g.k, dtype, precision, device, dgrad=True)
+        return _flatten(config, g, g.k, device)
+    return _wgrad_config(g.k, g.c, dtype, precision, device)
+
+
+def flat_taps(geometry: Geometry, depth: int, config: ConvConfig) -> bool:
+    """Whether fprop (depth C) or dgrad (depth K) loops over the taps only, one block holding the whole depth.
+
+    With four warps: flattened loops over taps have been miscompiled silently with eight (pytorch#173068), though with
+    the channels in the same loop. Strided dgrads meet a part of the taps each and keep their nested loops.
+    """
+    taps = geometry.r * geometry.s
+    return taps > 1 and max(geometry.stride) == 1 and depth <= config.block_k and config.num_warps == 4
+
+
+def _flatten(config: ConvConfig, geometry: Geometry, depth: int, device: Device) -> ConvConfig:
+    """Four warps for a 3x3 site whose channels fit one block, so that its taps are pipelined.
+
+    Compiled for 64 channels in bf16 on sm_90: 244 (fprop) and 186 (dgrad) registers without spills, and two programs
+    a multiprocessor where eight warps leave room for one. sm_80 and sm_100 spill at 128 rows, so they take 64.
+    """
+    four = replace(config, num_warps=4)
+    if device.backend != "cuda" or config.block_n > 64 or not flat_taps(geometry, depth, four):
+        return config
+    if config.num_warps == 4 or device.arch == 90:
+        return four
+    return replace(four, block_m=64)
+
+
+def _conv_config(
     rows: int,
     columns: int,
     depth: int,
@@ -73,7 +116,7 @@ def _fma_config(block_m: int, columns: int) -> ConvConfig:
     return ConvConfig(block_m, power_of_two(columns, 16, 32), 16, 4, 2)
 
 
-def wgrad_config(k: int, c: int, dtype: torch.dtype, precision: str, device: Device) -> ConvConfig:
+def _wgrad_config(k: int, c: int, dtype: torch.dtype, precision: str, device: Device) -> ConvConfig:
     """wgrad: ``k`` x ``c`` weights of one tap, reduced over the pixels."""
     if dtype == torch.float32 and precision == "ieee":
         return _fma_config(64, c)

@@ -15,19 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    as_format_of,
-    cdiv,
-    channels_last,
-    device_of,
-    dot,
-    dot_precision,
-    empty_image,
-    launch,
-    relu_mask,
-)
-from .configs import conv_config
+from . import split
+from .choose import choose
+from .common import as_format_of, cdiv, channels_last, dot, dot_precision, empty_image, launch, relu_mask
+from .configs import flat_taps
 from .finalize import sum_partials
+from .geometry import Geometry
 
 
 @triton.jit
@@ -45,6 +38,14 @@ def _first_tap(
         if r < TAPS:
             first = tl.where((phase + PAD - r * DILATION) % STRIDE == 0, r, first)
     return first
+
+
+@triton.jit
+def _step(acc, dy_row, w_block, k, inside, in_k, in_c, PRECISION: tl.constexpr):
+    """acc plus one tap of one block of output channels ``k``."""
+    dy = tl.load(dy_row + k[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
+    weight = tl.load(w_block, mask=in_k[:, None] & in_c[None, :], other=0.0)
+    return dot(dy, weight, acc, PRECISION)
 
 
 @triton.jit
@@ -80,6 +81,7 @@ def _conv_dgrad_kernel(
     POINTWISE: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_DA: tl.constexpr,
+    FLAT: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -111,28 +113,35 @@ def _conv_dgrad_kernel(
         pixel = (n * H + h).to(tl.int64) * W + w
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r in range(r0, R, STEP_R):
-        for s in range(s0, S, STEP_S):
-            if POINTWISE:
-                inside = valid
-                row = pixel * K
-            else:
-                # Exact divisions: the phase's taps are those that hit an output pixel.
-                oh = (h + PAD_H - r * DILATION_H) // STRIDE_H
-                ow = (w + PAD_W - s * DILATION_W) // STRIDE_W
-                inside = valid & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
-                row = ((n * OH + oh).to(tl.int64) * OW + ow) * K
-            w_tap = w_ptr + (r * S + s) * C + c[None, :]
-            for k0 in range(0, K, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                in_k = (k < K) | EVEN_K
-                dy = tl.load(
-                    dy_ptr + row[:, None] + k[None, :], mask=inside[:, None] & in_k[None, :], other=0.0
-                )
-                weight = tl.load(
-                    w_tap + k[:, None] * (R * S * C), mask=in_k[:, None] & in_c[None, :], other=0.0
-                )
-                acc = dot(dy, weight, acc, PRECISION)
+    if FLAT:
+        # One block holds all output channels: the taps are the pipelined loop, as in fprop.
+        k = tl.arange(0, BLOCK_K)
+        in_k = (k < K) | EVEN_K
+        w_k = w_ptr + k[:, None] * (R * S * C) + c[None, :]
+        for tap in range(R * S):
+            oh = h + PAD_H - tap // S * DILATION_H
+            ow = w + PAD_W - tap % S * DILATION_W
+            inside = valid & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+            dy_row = dy_ptr + ((n * OH + oh).to(tl.int64) * OW + ow)[:, None] * K
+            acc = _step(acc, dy_row, w_k + tap * C, k, inside, in_k, in_c, PRECISION)
+    else:
+        for r in range(r0, R, STEP_R):
+            for s in range(s0, S, STEP_S):
+                if POINTWISE:
+                    inside = valid
+                    dy_row = dy_ptr + pixel[:, None] * K
+                else:
+                    # Exact divisions: the phase's taps are those that hit an output pixel.
+                    oh = (h + PAD_H - r * DILATION_H) // STRIDE_H
+                    ow = (w + PAD_W - s * DILATION_W) // STRIDE_W
+                    inside = valid & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+                    dy_row = dy_ptr + ((n * OH + oh).to(tl.int64) * OW + ow)[:, None] * K
+                w_tap = w_ptr + (r * S + s) * C + c[None, :]
+                for k0 in range(0, K, BLOCK_K):
+                    k = k0 + tl.arange(0, BLOCK_K)
+                    in_k = (k < K) | EVEN_K
+                    w_block = w_tap + k[:, None] * (R * S * C)
+                    acc = _step(acc, dy_row, w_block, k, inside, in_k, in_c, PRECISION)
 
     offset = pixel[:, None] * C + c[None, :]
     mask = valid[:, None] & in_c[None, :]
@@ -170,20 +179,23 @@ def conv_dgrad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g = (dgrad(dy, W) + da) [z > 0], sum g and sum g (x - mu): like ``x``, float32 [C], [C].
 
-    ``dy`` [N,K,OH,OW] with any strides, ``weight`` [K,C,R,S], ``x`` and ``da`` [N,C,H,W]; ``groups`` is 1. With
-    ``scale=None`` nothing is masked or summed.
+    ``dy`` [N,K,OH,OW] with any strides, ``weight`` [K,C/groups,R,S], ``x`` and ``da`` [N,C,H,W]. With
+    ``scale=None`` nothing is masked or summed. Groups take the split path.
     """
+    geometry = Geometry.of(x, weight, stride, padding, dilation, groups)
+    masked = scale is not None
+    extras = ("masked",) * masked + ("da",) * (da is not None)
+    choice = choose("dgrad", geometry, x, *extras)
+    if choice.config is None:
+        return split.conv_dgrad(dy, weight, x, scale, shift, mean, da, geometry)
+    config = choice.config
     source = x
     dy, weight, x = channels_last(dy), channels_last(weight), channels_last(x)
     n, channels, height, width = x.shape
-    k, _, r, s = weight.shape
-    masked = scale is not None
     phase_h, phase_w = cdiv(height, stride[0]), cdiv(width, stride[1])
     rows = n * phase_h * phase_w
     phases = stride[0] * stride[1]
     g = empty_image(x, channels, height, width)
-    precision = dot_precision(x)
-    config = conv_config(rows * phases, channels, k, x.dtype, precision, device_of(x), dgrad=True)
     tiles = cdiv(rows, config.block_m)
     partials = (
         torch.empty((phases * tiles, 2 * channels), dtype=torch.float32, device=x.device) if masked else None
@@ -204,30 +216,17 @@ def conv_dgrad(
         g_ptr=g,
         partials_ptr=partials,
         rows=rows,
-        H=height,
-        W=width,
-        C=channels,
-        OH=dy.shape[2],
-        OW=dy.shape[3],
-        K=k,
+        **geometry.arguments(),
         PH=phase_h,
         PW=phase_w,
-        R=r,
-        S=s,
-        STRIDE_H=stride[0],
-        STRIDE_W=stride[1],
-        PAD_H=padding[0],
-        PAD_W=padding[1],
-        DILATION_H=dilation[0],
-        DILATION_W=dilation[1],
         # Taps of one phase are this far apart.
         STEP_R=stride[0] // math.gcd(stride[0], dilation[0]),
         STEP_S=stride[1] // math.gcd(stride[1], dilation[1]),
-        POINTWISE=r * s == 1 and phases == 1 and max(padding) == 0,
         MASKED=masked,
         HAS_DA=da is not None,
-        EVEN_K=k % config.block_k == 0,
-        PRECISION=precision,
+        FLAT=flat_taps(geometry, geometry.k, config),
+        EVEN_K=geometry.k % config.block_k == 0,
+        PRECISION=dot_precision(x),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

@@ -2,8 +2,7 @@
 
 An implicit GEMM on channels_last tensors: rows are output pixels, columns output channels, and the reduction
 runs over the taps (r, s) and, innermost, the input channels. A tile of raw ``x`` is loaded, activated in
-registers and fed to the tensor cores; the activated tensor never exists in memory. With folded BNs (inference) there
-is no prologue, and a ReLU follows the bias.
+registers and fed to the tensor cores; the activated tensor never exists in memory.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import split
+from .choose import choose
 from .common import (
     as_format_of,
     bn_relu,
     cdiv,
     channels_last,
-    device_of,
     dot,
     dot_precision,
     empty_image,
@@ -28,8 +28,45 @@ from .common import (
     store_statistics,
     tile_statistics,
 )
-from .configs import conv_config
+from .configs import flat_taps
 from .finalize import merge_statistics
+from .geometry import Geometry
+
+
+@triton.jit
+def _step(
+    acc,
+    x_row,
+    w_tap,
+    c,
+    scale,
+    shift,
+    inside,
+    in_c,
+    in_k,
+    PROLOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc plus one tap of one block of channels ``c``, activated on its way."""
+    x = tl.load(x_row + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
+    w = tl.load(w_tap + c[:, None], mask=in_c[:, None] & in_k[None, :], other=0.0)
+    if PROLOGUE:
+        a = bn_relu(x.to(tl.float32), scale, shift)
+        # A padded tap is 0, not relu(shift): the mask comes after the activation.
+        x = tl.where(inside[:, None], a, 0.0).to(w.dtype)
+    return dot(x, w, acc, PRECISION)
+
+
+@triton.jit
+def _vectors(scale_ptr, shift_ptr, c, in_c, PROLOGUE: tl.constexpr):
+    """Scale and shift of the channels ``c``; without a prologue nothing reads them."""
+    if PROLOGUE:
+        scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
+        shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
+    else:
+        scale = c
+        shift = c
+    return scale, shift
 
 
 @triton.jit
@@ -63,6 +100,7 @@ def _conv_fprop_kernel(
     RELU: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     STATS: tl.constexpr,
+    FLAT: tl.constexpr,
     EVEN_C: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -80,36 +118,38 @@ def _conv_fprop_kernel(
         ih0 = (m // OW) % OH * STRIDE_H - PAD_H
         iw0 = m % OW * STRIDE_W - PAD_W
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Nested loops on purpose: one flattened loop over taps and channels has been miscompiled with 8 warps.
-    for r in range(R):
-        for s in range(S):
-            if POINTWISE:
-                inside = valid
-                row = m.to(tl.int64) * C
-            else:
-                ih, iw = ih0 + r * DILATION_H, iw0 + s * DILATION_W
-                inside = valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-                row = ((n * H + ih).to(tl.int64) * W + iw) * C
-            w_tap = w_ptr + k[None, :] * (R * S * C) + (r * S + s) * C
-            for c0 in range(0, C, BLOCK_K):
-                c = c0 + tl.arange(0, BLOCK_K)
-                in_c = (c < C) | EVEN_C
-                x = tl.load(
-                    x_ptr + row[:, None] + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0
-                )
-                w = tl.load(w_tap + c[:, None], mask=in_c[:, None] & (k < K)[None, :], other=0.0)
-                if PROLOGUE:
-                    scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
-                    shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
-                    a = bn_relu(x.to(tl.float32), scale, shift)
-                    # A padded tap is 0, not relu(shift): the mask comes after the activation.
-                    a = tl.where(inside[:, None], a, 0.0).to(w.dtype)
-                else:
-                    a = x
-                acc = dot(a, w, acc, PRECISION)
-
     in_k = k < K
+    w_k = w_ptr + k[None, :] * (R * S * C)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if FLAT:
+        # One block holds all channels, so a loop over them would have one step and nothing to load ahead: the taps
+        # are the pipelined loop.
+        c = tl.arange(0, BLOCK_K)
+        in_c = (c < C) | EVEN_C
+        scale, shift = _vectors(scale_ptr, shift_ptr, c, in_c, PROLOGUE)
+        for tap in range(R * S):
+            ih, iw = ih0 + tap // S * DILATION_H, iw0 + tap % S * DILATION_W
+            inside = valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+            x_row = x_ptr + ((n * H + ih).to(tl.int64) * W + iw)[:, None] * C
+            acc = _step(acc, x_row, w_k + tap * C, c, scale, shift, inside, in_c, in_k, PROLOGUE, PRECISION)
+    else:
+        # Nested loops on purpose: one flattened loop over taps and channels has been miscompiled with 8 warps.
+        for r in range(R):
+            for s in range(S):
+                if POINTWISE:
+                    inside = valid
+                    x_row = x_ptr + m.to(tl.int64)[:, None] * C
+                else:
+                    ih, iw = ih0 + r * DILATION_H, iw0 + s * DILATION_W
+                    inside = valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+                    x_row = x_ptr + ((n * H + ih).to(tl.int64) * W + iw)[:, None] * C
+                w_tap = w_k + (r * S + s) * C
+                for c0 in range(0, C, BLOCK_K):
+                    c = c0 + tl.arange(0, BLOCK_K)
+                    in_c = (c < C) | EVEN_C
+                    scale, shift = _vectors(scale_ptr, shift_ptr, c, in_c, PROLOGUE)
+                    acc = _step(acc, x_row, w_tap, c, scale, shift, inside, in_c, in_k, PROLOGUE, PRECISION)
+
     if HAS_BIAS:
         acc += tl.load(bias_ptr + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
     if RELU:
@@ -143,24 +183,23 @@ def conv_fprop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = conv(max(s x + t, 0), W) + bias + residual, and the mean and biased variance of the stored y.
 
-    ``x`` [N,C,H,W], ``weight`` [K,C,R,S], ``residual`` like y [N,K,OH,OW]; ``groups`` is 1. float32, bfloat16 or
-    float16. Without ``stats`` the two statistics are empty. Without ``scale`` and ``shift`` the convolution reads x
-    as it is; with ``relu`` it is max(conv(.) + bias, 0) + residual.
+    ``x`` [N,C,H,W], ``weight`` [K,C/groups,R,S], ``residual`` like y [N,K,OH,OW]. float32, bfloat16 or float16.
+    Without ``stats`` the two statistics are empty. Without ``scale`` and ``shift`` the convolution reads x as it is;
+    with ``relu`` it is max(conv(.) + bias, 0) + residual. :mod:`.choose` says by which path; groups take the split one.
     """
+    geometry = Geometry.of(x, weight, stride, padding, dilation, groups)
+    extras = ("residual",) * (residual is not None) + ("stats",) * stats
+    choice = choose("fprop", geometry, x, *extras)
+    if choice.config is None:
+        return split.conv_fprop(x, scale, shift, weight, bias, residual, geometry, stats, relu)
+    config = choice.config
     source, x, weight = x, channels_last(x), channels_last(weight)
-    n, channels, height, width = x.shape
-    k, _, r, s = weight.shape
-    oh = (height + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
-    ow = (width + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
-    rows = n * oh * ow
-    y = empty_image(x, k, oh, ow)
-    precision = dot_precision(x)
-    config = conv_config(rows, k, channels, x.dtype, precision, device_of(x))
-    tiles = cdiv(rows, config.block_m)
-    partials = torch.empty((tiles, 3, k), dtype=torch.float32, device=x.device) if stats else None
+    y = empty_image(x, geometry.k, geometry.oh, geometry.ow)
+    tiles = cdiv(geometry.rows, config.block_m)
+    partials = torch.empty((tiles, 3, geometry.k), dtype=torch.float32, device=x.device) if stats else None
     launch(
         _conv_fprop_kernel,
-        (tiles * cdiv(k, config.block_n),),
+        (tiles * cdiv(geometry.k, config.block_n),),
         x.device,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -172,34 +211,22 @@ def conv_fprop(
         residual_ptr=None if residual is None else channels_last(residual),
         y_ptr=y,
         partials_ptr=partials,
-        rows=rows,
-        H=height,
-        W=width,
-        C=channels,
-        OH=oh,
-        OW=ow,
-        K=k,
-        R=r,
-        S=s,
-        STRIDE_H=stride[0],
-        STRIDE_W=stride[1],
-        PAD_H=padding[0],
-        PAD_W=padding[1],
-        DILATION_H=dilation[0],
-        DILATION_W=dilation[1],
-        POINTWISE=r * s == 1 and max(stride) == 1 and max(padding) == 0,
+        rows=geometry.rows,
+        **geometry.arguments(),
         PROLOGUE=scale is not None,
         HAS_BIAS=bias is not None,
         RELU=relu,
         HAS_RESIDUAL=residual is not None,
         STATS=stats,
-        EVEN_C=channels % config.block_k == 0,
-        PRECISION=precision,
+        FLAT=flat_taps(geometry, geometry.c, config),
+        EVEN_C=geometry.c % config.block_k == 0,
+        PRECISION=dot_precision(x),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
     )
     y = as_format_of(y, source)
     if partials is None:
-        return y, *torch.empty((2, 0), dtype=torch.float32, device=x.device)
-    return y, *merge_statistics(partials, config.block_m, rows)
+        empty = torch.empty(0, dtype=torch.float32, device=x.device)
+        return y, empty, empty.clone()
+    return y, *merge_statistics(partials, config.block_m, geometry.rows)

@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import split
+from .choose import choose
 from .common import bn_relu, cdiv, channels_last, device_of, dot, dot_precision, launch
-from .configs import wgrad_config, wgrad_splits
+from .configs import wgrad_splits
 from .finalize import sum_partials
+from .geometry import Geometry
 
 
 @triton.jit
@@ -96,18 +99,22 @@ def conv_wgrad(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """dW [K,C,R,S] with the dtype and strides of ``weight``; ``dy`` [N,K,OH,OW], ``x`` [N,C,H,W], ``groups`` 1."""
+    """dW [K,C,R,S] with the dtype and strides of ``weight``; ``dy`` [N,K,OH,OW], ``x`` [N,C,H,W].
+
+    Two runs give the same bits on the fused path; on the split path, which groups take, where the library's does.
+    """
+    geometry = Geometry.of(x, weight, stride, padding, dilation, groups)
+    choice = choose("wgrad", geometry, x)
+    if choice.config is None:
+        return split.conv_wgrad(dy, x, scale, shift, weight, geometry)
+    config = choice.config
     dy, x = channels_last(dy), channels_last(x)
-    n, channels, height, width = x.shape
-    k, _, r, s = weight.shape
-    rows = n * dy.shape[2] * dy.shape[3]
-    precision = dot_precision(x)
-    config = wgrad_config(k, channels, x.dtype, precision, device_of(x))
-    tiles = cdiv(k, config.block_m) * cdiv(channels, config.block_n) * r * s
-    splits = wgrad_splits(tiles, rows, config.block_k, device_of(x))
+    rows, taps = geometry.rows, geometry.r * geometry.s
+    tiles = cdiv(geometry.k, config.block_m) * cdiv(geometry.c, config.block_n) * taps
+    splits = config.splits or wgrad_splits(tiles, rows, config.block_k, device_of(x))
     rows_per_split = cdiv(cdiv(rows, splits), config.block_k) * config.block_k
     splits = cdiv(rows, rows_per_split)
-    partials = torch.empty((splits, k * r * s * channels), dtype=torch.float32, device=x.device)
+    partials = torch.empty((splits, weight.numel()), dtype=torch.float32, device=x.device)
     launch(
         _conv_wgrad_kernel,
         (tiles, splits),
@@ -121,22 +128,8 @@ def conv_wgrad(
         partials_ptr=partials,
         rows=rows,
         rows_per_split=rows_per_split,
-        H=height,
-        W=width,
-        C=channels,
-        OH=dy.shape[2],
-        OW=dy.shape[3],
-        K=k,
-        R=r,
-        S=s,
-        STRIDE_H=stride[0],
-        STRIDE_W=stride[1],
-        PAD_H=padding[0],
-        PAD_W=padding[1],
-        DILATION_H=dilation[0],
-        DILATION_W=dilation[1],
-        POINTWISE=r * s == 1 and max(stride) == 1 and max(padding) == 0,
-        PRECISION=precision,
+        **geometry.arguments(),
+        PRECISION=dot_precision(x),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
