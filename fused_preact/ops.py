@@ -38,7 +38,7 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor)",
     # The one that writes: in place to the buffers, outside of what autograd sees.
     "bn_update_running": "(Tensor mean, Tensor var, Tensor(a!) running_mean, Tensor(b!) running_var,"
-    " Tensor(c!)? num_batches_tracked, float? momentum, int count) -> ()",
+    " Tensor(c!)? num_batches_tracked, float? momentum, SymInt count) -> ()",
     "conv_fprop": "(Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor? bias, Tensor? residual,"
     f" {_CONV}, bool stats, bool relu=False) -> (Tensor, Tensor, Tensor)",
     "conv_dgrad": "(Tensor dy, Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? da,"

@@ -185,7 +185,8 @@ def conv_fprop(
 
     ``x`` [N,C,H,W], ``weight`` [K,C/groups,R,S], ``residual`` like y [N,K,OH,OW]. float32, bfloat16 or float16.
     Without ``stats`` the two statistics are empty. Without ``scale`` and ``shift`` the convolution reads x as it is;
-    with ``relu`` it is max(conv(.) + bias, 0) + residual. :mod:`.choose` says by which path; groups take the split one.
+    with ``relu`` it is max(conv(.) + bias, 0) + residual.
+    :mod:`.choose` says by which path; groups take the split one.
     """
     geometry = Geometry.of(x, weight, stride, padding, dilation, groups)
     extras = ("residual",) * (residual is not None) + ("stats",) * stats
