@@ -118,7 +118,8 @@ def _openvino(net: nn.Module, x: Tensor, setting: Setting) -> Function:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
-        _onnx(net, x, path)
+        # In float32 whatever the precision: OpenVINO takes no bfloat16 graph and casts by itself.
+        _onnx(net.float(), x.float(), path)
         model = openvino.Core().read_model(str(path))
         # Without the hint OpenVINO computes float32 networks in bfloat16 where the CPU can: not the same work.
         precision = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[setting.dtype]
@@ -131,7 +132,8 @@ def _openvino(net: nn.Module, x: Tensor, setting: Setting) -> Function:
     request = compiled.create_infer_request()
 
     def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(request.infer({0: x.numpy()}, share_inputs=True)[compiled.output(0)])
+        images = x.float().numpy()
+        return torch.from_numpy(request.infer({0: images}, share_inputs=True)[compiled.output(0)])
 
     return run
 

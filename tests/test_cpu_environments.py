@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.cpp_extension import include_paths
 from torch.utils.data import DataLoader, Dataset
 
 import fused_preact
@@ -53,6 +55,20 @@ def test_operations_as_on_a_lesser_processor(isa):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
     run = subprocess.run([*command, tests, "-k", chosen], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
+
+
+ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")  # Debian: g++-aarch64-linux-gnu
+SOURCES = sorted((Path(__file__).parents[1] / "kernels" / "cpu").glob("*.cpp"))
+
+
+@pytest.mark.skipif(ARM_COMPILER is None, reason="no cross-compiler aarch64-linux-gnu-g++")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_compiles_for_arm64(source):
+    """Templates and all, but for the code generator: PyTorch's headers are the same on every processor."""
+    includes = [f"-isystem{path}" for path in include_paths()]
+    command = [str(ARM_COMPILER), "-std=c++20", "-fopenmp", "-fsyntax-only", *includes, str(source)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_unknown_instruction_set():
