@@ -119,49 +119,6 @@ void accumulate(
   });
 }
 
-// The same with the activation as a band (tile_gemm.h): activated once, not once per tap. A tap's operand is the
-// band read from another start; the columns between two rows meet zeros in dy^T.
-template <typename T>
-void accumulate_band(
-    const Plan& plan, const Source<T>& dy, const Source<T>& x, const Grid& grid, const Tiling& tiling,
-    const Accumulators& acc) {
-  const int64_t k_width = round_up(plan.left, kLanes), depth = round_up(x.channels, kLanes);
-  const int64_t band_width = grid.w + tiling.window_w - 1, most = tiling.rows * band_width;
-  const int64_t per_image = (grid.h + tiling.rows - 1) / tiling.rows;
-  at::parallel_for(0, plan.ranges, 1, [&](int64_t range_begin, int64_t range_end) {
-    const int64_t band_floats = (tiling.rows + tiling.window_h - 1) * band_width * depth;
-    Arena arena(thread_scratch(band_floats + 2 * most * k_width + 3 * kLanes));
-    float* band = arena.take(band_floats);
-    float* rows = arena.take(most * k_width);
-    float* transposed = arena.take(most * k_width);
-    for (int64_t range = range_begin; range < range_end; range++) {
-      const int64_t begin = range * tiling.tiles / plan.ranges, end = (range + 1) * tiling.tiles / plan.ranges;
-      for (int64_t tile = begin; tile < end; tile++) {
-        const int64_t image = tile / per_image, i = tile % per_image * tiling.rows;
-        const int64_t count = std::min(tiling.rows, grid.h - i);
-        fill_band(x, grid, tiling, image, i, i + count, band);
-        for (int64_t row = 0; row < count; row++) {
-          const int64_t pixel = (image * grid.h + i + row) * grid.w;
-          float* to = rows + row * band_width * k_width;
-          dy.load(pixel, 1, grid.w, 0, dy.channels, to, k_width);
-          std::memset(to + grid.w * k_width, 0, (band_width - grid.w) * k_width * sizeof(float));
-        }
-        const int64_t depth_m = (count - 1) * band_width + grid.w;
-        common_loops().transpose(rows, k_width, depth_m, k_width, transposed, most);
-        for (int64_t tap = 0; tap < tiling.window_h * tiling.window_w; tap++) {
-          const float* start = band + (tap / tiling.window_w * band_width + tap % tiling.window_w) * depth;
-          for (int64_t c = 0; c < depth; c += PackedWeights::kPanel) {
-            gemm(
-                plan.left, std::min(PackedWeights::kPanel, depth - c), depth_m, transposed, most, start + c, depth,
-                acc.data(range) + tap * depth + c, plan.right, tile > begin);
-          }
-        }
-      }
-    }
-    gemm_release();
-  });
-}
-
 // [taps * depth, k] -> [k, taps, depth]
 Tensor transposed(const Tensor& in, int64_t k, int64_t columns) {
   const Tensor out = at::empty({k, columns}, at::kFloat);
@@ -196,17 +153,10 @@ Tensor conv_wgrad(
   const bool swapped = k_width > a_width;
   const Plan plan(swapped ? a_width : shape.k, swapped ? k_width : a_width, grid.pixels());
   const Accumulators acc(plan);
-  const Tiling tiling(grid, depth, shape.k);
-  // A band multiplies (window_w - 1) / w of its columns for nothing. Activating every tap of its own costs as much
-  // as 11 output channels: a profile shows 17 % of the time at 64 of them.
-  const bool band = tiling.band && plan.columns == 1 && !swapped && tiling.tiles >= plan.ranges &&
-      (tiling.window_w - 1) * shape.k < 11 * grid.w;
   FUSED_PREACT_DISPATCH(dtype, "conv_wgrad", [&] {
     const Source<scalar_t> a{x.const_data_ptr<scalar_t>(), shape.c, {pointer(scale), pointer(shift)}};
     const Source<scalar_t> b{dy.const_data_ptr<scalar_t>(), shape.k};
-    if (band) {
-      accumulate_band(plan, b, a, grid, tiling, acc);
-    } else if (swapped) {
+    if (swapped) {
       accumulate(plan, a, grid, b, dy_grid, acc);
     } else {
       accumulate(plan, b, dy_grid, a, grid, acc);

@@ -56,16 +56,6 @@ void list_runs(const Grid& grid, int64_t begin, int64_t end, std::vector<Run>& r
   }
 }
 
-namespace {
-
-void zero_rows(float* out, int64_t rows, int64_t columns, int64_t stride) {
-  for (int64_t r = 0; r < rows; r++) {
-    std::memset(out + r * stride, 0, columns * sizeof(float));
-  }
-}
-
-} // namespace
-
 template <typename T>
 void gather_tap(
     const Source<T>& source, const Grid& grid, const Tap& tap, int64_t begin, int64_t end, int64_t c_begin,

@@ -89,6 +89,12 @@ struct Source {
   }
 };
 
+inline void zero_rows(float* out, int64_t rows, int64_t columns, int64_t stride) {
+  for (int64_t r = 0; r < rows; r++) {
+    std::memset(out + r * stride, 0, columns * sizeof(float));
+  }
+}
+
 // Fills rows of `out` (row stride `out_stride`) with the channels [c_begin, c_end) of one tap's source pixels
 // for the pixels [begin, end), activated; rows outside the source are zeros: padding comes after activation.
 template <typename T>

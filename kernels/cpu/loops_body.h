@@ -123,6 +123,41 @@ FP_INLINE void put(T* p, vf v, int64_t n) {
   }
 }
 
+// A store that goes past the caches. `to` is aligned to the 16 values; where the processor has none, a plain store.
+// No fence here: the locked instructions of the barrier behind a parallel region are one.
+FP_INLINE void stream(float* to, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, ((const __m256*)&v)[0]);
+  _mm256_stream_ps(to + 8, ((const __m256*)&v)[1]);
+#else
+  store(to, v);
+#endif
+}
+
+template <typename T>
+FP_INLINE void stream(T* to, vf v) {
+#if defined(__AVX2__)
+  T buffer[16];
+  store(buffer, v);
+  __m256i bits;
+  __builtin_memcpy(&bits, buffer, sizeof bits);
+  _mm256_stream_si256((__m256i*)to, bits);
+#else
+  store(to, v);
+#endif
+}
+
+template <bool TAIL, typename T>
+FP_INLINE void put(T* to, vf v, int64_t n, bool streamed) {
+  if (!TAIL && streamed) {
+    stream(to, v);
+  } else {
+    put<TAIL>(to, v, n);
+  }
+}
+
 // "z <= 0 gives 0", not "z > 0 gives z": a NaN passes, in the ReLU and in its mask.
 FP_INLINE vf relu(vf z) {
   return z <= 0.0f ? vf{} : z;
@@ -359,7 +394,7 @@ void fprop_epilogue(
 template <int B, bool TAIL, typename T>
 FP_INLINE void dgrad_block(
     int64_t c, int64_t n, const float* acc, int64_t acc_stride, int64_t rows, const T* x, const T* da, T* g,
-    int64_t stride, Affine bn, const float* mean, float* sum_g, float* sum_gx) {
+    int64_t stride, Affine bn, const float* mean, float* sum_g, float* sum_gx, bool streamed) {
   if (bn.scale == nullptr) {
     for (int64_t r = 0; r < rows; r++) {
       for (int b = 0; b < B; b++) {
@@ -396,7 +431,7 @@ FP_INLINE void dgrad_block(
         }
         const vf value = get<TAIL>(x + r * stride + at, n);
         v = scale[b] * value + shift[b] <= 0.0f ? vf{} : v;
-        put<TAIL>(g + r * stride + at, v, n);
+        put<TAIL>(g + r * stride + at, v, n, streamed);
         v = stored(v, g);
         part_s[b] += v;
         part_sx[b] += v * (value - mu[b]);
@@ -416,9 +451,9 @@ FP_INLINE void dgrad_block(
 template <typename T>
 void dgrad_epilogue(
     const float* acc, int64_t acc_stride, int64_t rows, int64_t channels, const T* x, const T* da, T* g,
-    int64_t stride, Affine bn, const float* mean, float* sum_g, float* sum_gx) {
+    int64_t stride, Affine bn, const float* mean, float* sum_g, float* sum_gx, bool streamed) {
   FP_OVER_CHANNELS(
-      dgrad_block, channels, acc, acc_stride, rows, x, da, g, stride, bn, mean, sum_g, sum_gx);
+      dgrad_block, channels, acc, acc_stride, rows, x, da, g, stride, bn, mean, sum_g, sum_gx, streamed);
 }
 
 #include "loops_passes.h"

@@ -108,6 +108,8 @@ namespace {
 
 // Scratch that leaves room in a 2 MiB (1 MiB on older processors) second-level cache for a panel of weights.
 constexpr int64_t kLeftFloats = 64 * 1024;
+// Of a band, which keeps a kernel row's taps side by side: 256 KiB of it gathered too many rows twice.
+constexpr int64_t kBandFloats = 128 * 1024;
 constexpr int64_t kChunkDepth = 1152;
 // Weights and accumulator of a block, where both stay in that cache.
 constexpr int64_t kResidentFloats = 320 * 1024;
@@ -143,22 +145,17 @@ int64_t balanced(int64_t total, int64_t target) {
 Tiling::Tiling(const Grid& grid, int64_t depth, int64_t columns) {
   const int64_t taps = static_cast<int64_t>(grid.taps.size());
   std::tie(window_h, window_w) = dense_window(grid);
-  // A product of few rows wastes registers, and the explicit form's rows run on across image rows. At 8x8 and 64
-  // channels the band was faster by a few per cent (measured); narrower maps are assumed to be better explicit.
-  band = window_w > 1 && grid.w >= 8;
+  band = window_w > 1;
   if (band) {
-    const int64_t row_floats = (grid.w + window_w - 1) * depth;
-    const int64_t fitting = kLeftFloats / row_floats - (window_h - 1);
+    const int64_t row_floats = grid.w * window_w * depth;
+    const int64_t fitting = kBandFloats / row_floats - (window_h - 1);
     rows = std::min({std::max<int64_t>({fitting, 2 * (window_h - 1), 1}), grid.h, 512 / grid.w + 1});
     const int64_t per_image = (grid.h + rows - 1) / rows;
     rows = (grid.h + per_image - 1) / per_image;
     tiles = grid.n * ((grid.h + rows - 1) / rows);
     chunk_taps = taps;
-    // A call costs about as much as 8 Ki multiplications (100 ns); a row between two skips this many.
-    row_calls = (window_w - 1) * std::min(columns, PackedWeights::kPanel) * window_w * depth > (1 << 13);
     return;
   }
-  row_calls = false;
   window_h = window_w = 1;
   chunk_taps = std::max<int64_t>(1, std::min(taps, kChunkDepth / depth));
   const int64_t target = std::min<int64_t>(192, std::max<int64_t>(64, kLeftFloats / (chunk_taps * depth)));

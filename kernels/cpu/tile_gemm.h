@@ -2,8 +2,9 @@
 //
 // Two ways to build the left operand:
 //  - explicit: one row a pixel, taps side by side (im2col of a tile, in cache). Serves every geometry.
-//  - band: the activated rows of one image with their zero border, once; a tap row is then the same scratch
-//    read with overlapping rows (row stride one pixel, depth S pixels). For dense stride-1 windows.
+//  - band: rows of one image, each pixel with the S taps of a kernel row side by side. A kernel row further down is
+//    the same scratch from one image row on: every value is gathered S times, not R S, and no zero border of the
+//    image is ever multiplied. For dense stride-1 windows.
 #pragma once
 
 #include "gather.h"
@@ -51,7 +52,6 @@ struct Tiling {
   bool band;
   int64_t window_h, window_w; // the kernel, where it is a dense window
   int64_t rows; // pixels of a tile, or rows of an image for a band
-  bool row_calls; // a band is multiplied row by row, not at once with the columns between two rows
   int64_t tiles;
   int64_t chunk_taps; // taps gathered at a time
 
@@ -82,8 +82,8 @@ struct TilePanel {
   int64_t column, channels;
 };
 
-// Rows of the left operand, for a second product with it: `rows` rows of `columns` values that belong to the taps from
-// `tap` on. With a band, rows of the destination's pixels lie where the runs say and the others are not to be used.
+// Rows of the left operand, for a second product with it: a row for each pixel of the tile, with `columns` values that
+// belong to the taps from `tap` on.
 struct Operand {
   const float* data;
   int64_t stride, rows, columns, tap;
@@ -107,20 +107,27 @@ template <typename T>
 void fill_band(
     const Source<T>& source, const Grid& grid, const Tiling& tiling, int64_t image, int64_t i_begin,
     int64_t i_end, float* band) {
-  const int64_t depth = round_up(source.channels, kLanes), width = grid.w + tiling.window_w - 1;
-  const int64_t dh = grid.taps[0].dh, dw = grid.taps[0].dw;
-  const int64_t lo = std::min(std::max(-dw, int64_t{0}), width);
-  const int64_t hi = std::max(std::min(grid.src_w - dw, width), lo);
-  for (int64_t row = i_begin; row < i_end + tiling.window_h - 1; row++, band += width * depth) {
-    const int64_t src_row = row + dh;
-    if (src_row < 0 || src_row >= grid.src_h || lo == hi) {
-      std::memset(band, 0, width * depth * sizeof(float));
+  const int64_t depth = round_up(source.channels, kLanes), stride = tiling.window_w * depth;
+  for (int64_t row = i_begin; row < i_end + tiling.window_h - 1; row++) {
+    const int64_t src_row = row + grid.taps[0].dh;
+    if (src_row < 0 || src_row >= grid.src_h) {
+      std::memset(band, 0, grid.w * stride * sizeof(float));
+      band += grid.w * stride;
       continue;
     }
-    std::memset(band, 0, lo * depth * sizeof(float));
-    const int64_t pixel = (image * grid.src_h + src_row) * grid.src_w + lo + dw;
-    source.load(pixel, 1, hi - lo, 0, source.channels, band + lo * depth, depth);
-    std::memset(band + hi * depth, 0, (width - hi) * depth * sizeof(float));
+    const int64_t src = (image * grid.src_h + src_row) * grid.src_w;
+    for (int64_t tap = 0; tap < tiling.window_w; tap++, band += depth) {
+      // The pixels whose source column j + dw lies inside the source.
+      const int64_t dw = grid.taps[tap].dw;
+      const int64_t lo = std::min(std::max(-dw, int64_t{0}), grid.w);
+      const int64_t hi = std::max(std::min(grid.src_w - dw, grid.w), lo);
+      zero_rows(band, lo, depth, stride);
+      if (hi > lo) {
+        source.load(src + lo + dw, 1, hi - lo, 0, source.channels, band + lo * stride, stride);
+      }
+      zero_rows(band + hi * stride, grid.w - hi, depth, stride);
+    }
+    band += (grid.w - 1) * stride;
   }
 }
 
@@ -132,20 +139,20 @@ class TileRunner {
       const Grid& grid, const Source<T>& source, const PackedWeights& weights, const Tiling& tiling, const Tasks& tasks,
       int64_t epilogue_floats)
       : grid(grid), source(source), weights(weights), tiling(tiling), depth(weights.depth), taps(weights.taps),
-        band_width(grid.w + tiling.window_w - 1), one_chunk(tiling.band || tiling.chunk_taps >= taps),
+        one_chunk(tiling.band || tiling.chunk_taps >= taps),
         direct(
             std::is_same_v<T, float> && grid.pointwise() && source.as_stored() && source.channels == depth &&
             !(Epilogue::kSecondProduct && depth % 512 == 0)) {
     // A row stride that is a power of two would put a column of the operand into few sets of the cache.
-    left_stride = tiling.band ? depth : std::min(tiling.chunk_taps, taps) * depth + kLanes;
+    left_stride = tiling.band ? tiling.window_w * depth : std::min(tiling.chunk_taps, taps) * depth + kLanes;
     int64_t left_floats = 0;
     if (tiling.band) {
-      left_floats = (tiling.rows + tiling.window_h - 1) * band_width * depth;
+      left_floats = (tiling.rows + tiling.window_h - 1) * grid.w * left_stride;
     } else if (!direct) {
       left_floats = tiling.rows * left_stride;
     }
     // A panel at a time fits where its accumulator is final; else all panels wait for the last chunk.
-    const int64_t max_rows = tiling.band ? tiling.rows * band_width : tiling.rows;
+    const int64_t max_rows = tiling.band ? tiling.rows * grid.w : tiling.rows;
     const int64_t acc_floats = max_rows * PackedWeights::kPanel * (one_chunk ? 1 : tasks.block_panels);
     Arena arena(thread_scratch(
         round_up(left_floats, kLanes) + round_up(acc_floats, kLanes) + round_up(epilogue_floats, kLanes)));
@@ -174,30 +181,28 @@ class TileRunner {
     const int64_t count = std::min(tiling.rows, grid.h - i);
     fill_band(source, grid, tiling, image, i, i + count, left);
     runs.clear();
-    for (int64_t row = 0; row < count; row++) {
-      runs.push_back({row * band_width, grid.w, grid.dst_pixel(image, i + row, 0), grid.dst_stride_w});
+    if (grid.dense()) {
+      runs.push_back({0, count * grid.w, grid.dst_pixel(image, i, 0), 1});
     }
-    // In one call, the columns between two image rows are computed and skipped.
-    const int64_t calls = tiling.row_calls ? count : 1, k = tiling.window_w * depth;
-    const int64_t spanned = (count - 1) * band_width + grid.w, m = tiling.row_calls ? grid.w : spanned;
+    for (int64_t row = 0; row < count && !grid.dense(); row++) {
+      runs.push_back({row * grid.w, grid.w, grid.dst_pixel(image, i + row, 0), grid.dst_stride_w});
+    }
+    const int64_t rows = count * grid.w, next_row = grid.w * left_stride;
     for (int64_t panel = first; panel < last; panel++) {
       const int64_t width = weights.width(panel);
-      for (int64_t call = 0; call < calls; call++) {
-        for (int64_t r = 0; r < tiling.window_h; r++) {
-          gemm(
-              m, width, k, left + (call + r) * band_width * depth, depth, weights.data(panel) + r * k * width, width,
-              acc + call * band_width * width, width, r > 0);
-        }
+      for (int64_t r = 0; r < tiling.window_h; r++) {
+        gemm(
+            rows, width, left_stride, left + r * next_row, left_stride, weights.data(panel) + r * left_stride * width,
+            width, acc, width, r > 0);
       }
       finish(panel, acc, epilogue);
     }
     if constexpr (Epilogue::kSecondProduct) {
-      for (int64_t tap = 0; tap < taps; tap++) {
-        const float* start = left + (tap / tiling.window_w * band_width + tap % tiling.window_w) * depth;
-        epilogue.operand({start, depth, spanned, depth, tap}, runs);
+      for (int64_t r = 0; r < tiling.window_h; r++) {
+        epilogue.operand({left + r * next_row, left_stride, rows, left_stride, r * tiling.window_w}, runs);
       }
     }
-    return count * grid.w;
+    return rows;
   }
 
   int64_t explicit_tile(int64_t tile, int64_t first, int64_t last, Epilogue& epilogue) {
@@ -238,7 +243,7 @@ class TileRunner {
   const Source<T>& source;
   const PackedWeights& weights;
   const Tiling& tiling;
-  const int64_t depth, taps, band_width;
+  const int64_t depth, taps;
   const bool one_chunk;
   const bool direct; // a row of the source that is read as it is needs no scratch
   int64_t left_stride;
