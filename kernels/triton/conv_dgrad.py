@@ -75,7 +75,7 @@ def _step(
     mask = inside[:, None] & in_k[None, :]
     dy = tl.load(dy_ptr + row + k[None, :], mask=mask, other=0.0)
     weight = tl.load(w_block, mask=in_k[:, None] & in_c[None, :], other=0.0)
-    if PENDING:
+    if PENDING != "none":
         vectors = load_bn_backward(
             y_mean_ptr, y_scale_ptr, y_rstd_ptr, sum_dy_ptr, sum_dyy_ptr, k, in_k, PENDING
         )
@@ -85,7 +85,7 @@ def _step(
 
 @triton.jit
 def _conv_dgrad_kernel(
-    dy_ptr,  # [N, OH, OW, K]; with PENDING the g of the BN behind
+    dy_ptr,  # [N, OH, OW, K]; unless PENDING is "none" the g of the BN behind
     y_ptr,  # like dy: the input of that BN, of [K] vectors
     y_mean_ptr,
     y_scale_ptr,

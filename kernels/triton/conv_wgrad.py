@@ -25,7 +25,7 @@ from .pending import apply_pending, load_bn_backward, pending_arguments, pending
 
 @triton.jit
 def _conv_wgrad_kernel(
-    dy_ptr,  # [N, OH, OW, K]; with PENDING the g of the BN behind
+    dy_ptr,  # [N, OH, OW, K]; unless PENDING is "none" the g of the BN behind
     y_ptr,  # like dy: the input of that BN, of [K] vectors
     y_mean_ptr,
     y_scale_ptr,
@@ -69,7 +69,7 @@ def _conv_wgrad_kernel(
     in_k, in_c = k < K, c < C
     scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
     shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
-    if PENDING:
+    if PENDING != "none":
         vectors = load_bn_backward(
             y_mean_ptr, y_scale_ptr, y_rstd_ptr, sum_dy_ptr, sum_dyy_ptr, k, in_k, PENDING
         )
@@ -92,7 +92,7 @@ def _conv_wgrad_kernel(
         mask = valid[:, None] & in_k[None, :]
         dy = tl.load(dy_ptr + offset, mask=mask, other=0.0)
         x = tl.load(x_ptr + row[:, None] + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
-        if PENDING:
+        if PENDING != "none":
             dy = apply_pending(dy, y_ptr, offset, mask, vectors, inv_m, PENDING)
         a = bn_relu(x.to(tl.float32), scale, shift)
         # Pixels of the padding and of the tail are 0, not relu(shift).

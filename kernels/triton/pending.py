@@ -45,8 +45,8 @@ def apply_pending(g, y_ptr, offset, mask, vectors, inv_m, PENDING: tl.constexpr)
 
 
 def pending_kind(length: int) -> str:
-    """The kernels' constant for a ``pending`` of that length: "" for none, "batch" or "running" statistics."""
-    return {0: "", 6: "batch", 4: "running"}[length]
+    """The kernels' constant for a ``pending`` of that length: statistics of the batch, running ones, or none."""
+    return {0: "none", 6: "batch", 4: "running"}[length]
 
 
 def pending_arguments(pending: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
