@@ -56,7 +56,7 @@ class UnitFunction(torch.autograd.Function):
         given = [_pair(*tensors[i : i + 2]) for i in range(end, end + 2 * count, 2)]
         projection = None if projection_weight is None else (projection_weight, projection_bias)
 
-        result = unit_forward(ops.table(backend), unit, x, given, sites, projection, residual)
+        result = unit_forward(ops.table(backend, x), unit, x, given, sites, projection, residual)
 
         ctx.unit, ctx.backend = unit, backend
         # Of gamma, beta and the biases backward knows all it needs from ``needs_input_grad`` and their dtypes.
@@ -86,7 +86,7 @@ class UnitFunction(torch.autograd.Function):
         weights = kept[5::6]
         asked = ctx.needs_input_grad[2:]
         needs = UnitNeeds(asked[0], [asked[i : i + 4] for i in range(4, 4 + 4 * count, 4)], asked[2:4])
-        table = ops.table(ctx.backend)
+        table = ops.table(ctx.backend, dy)
         arguments = (unit, saved, weights, ctx.dtypes, projection_weight, dy, needs)
         differentiated = torch.is_grad_enabled()  # create_graph=True
         if differentiated:
@@ -120,7 +120,7 @@ class HeadFunction(torch.autograd.Function):
         mean: Tensor | None,
         var: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        k = ops.table(backend)
+        k = ops.table(backend, x)
         made: tuple[Tensor, ...] = ()
         if mean is None or var is None:
             made = mean, var = k.bn_stats(x)
@@ -133,7 +133,7 @@ class HeadFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *unused: None) -> Any:
         x, mean, scale, shift, rstd, gamma, beta = ctx.saved_tensors
-        k = ops.table(ctx.backend)
+        k = ops.table(ctx.backend, x)
         need_x, need_gamma, need_beta = ctx.needs_input_grad[3:6]
         with torch.no_grad():
             sum_g, sum_gx = k.bn_relu_avg_pool_reduce(dy, x, scale, shift, mean)

@@ -208,7 +208,7 @@ def _update_running_statistics(bn: BatchNorm, mean: Tensor, var: Tensor, count: 
     """What ``nn.BatchNorm2d`` does to its buffers in training; nothing in eval mode or where there are none."""
     if not bn.training or bn.running_mean is None or bn.running_var is None:
         return
-    ops.table(backend).bn_update_running(
+    ops.table(backend, mean).bn_update_running(
         mean, var, bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.momentum, count
     )
 

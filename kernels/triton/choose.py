@@ -80,7 +80,7 @@ def applies_on_load(geometry: Geometry, x: Tensor, weight_grad: bool) -> bool:
     """Whether dgrad and wgrad apply the BN backward behind the convolution where they read it; else it is stored."""
     wanted = choose("apply", geometry, x, *("weight_grad",) * weight_grad).path == "loaded"
     if not wanted and _asked is None:
-        return False
+        return False  # the tuner wants to hear of both ways
     # A library convolution reads what is stored.
     configs = [choose("dgrad", geometry, x, "masked", "pending").config]
     if weight_grad:
