@@ -350,7 +350,11 @@ def table(requested: str, x: Tensor) -> Any:
         return _dispatched
     if requested == "triton":
         return _triton  # also for the interpreter's CPU tensors, which the dispatcher would send elsewhere
-    if (x.is_cuda or x.is_xpu) and type(x) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack():
+    if (
+        (x.is_cuda or x.is_xpu)
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+    ):
         # Where the dispatcher would come back to Python by a way that costs more than the launches. Modes that want
         # to see the ops (selective checkpointing, FLOP counters) and subclasses still go through it.
         return _triton

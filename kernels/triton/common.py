@@ -140,7 +140,8 @@ class Launcher:
 
     ``scalars`` are the kernel's arguments behind its tensors, by name. Called with the tensors in the kernel's order.
     Triton would bind some forty arguments and look for the compiled kernel at each launch; here the compiled kernel
-    is kept for each kind of tensors (dtypes, and which addresses are multiples of 16 bytes) and device.
+    is kept for each device and the dtypes of the tensors. It was compiled for addresses that are multiples of 16,
+    which whole tensors have: others take Triton's own way.
     """
 
     def __init__(
@@ -160,17 +161,23 @@ class Launcher:
             return
         first = tensors[0]
         assert first is not None, "a kernel's first tensor is never optional"
-        device = first.device
-        kind = (device, *[None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
-        compiled = self._compiled.get(kind)
-        with _current(device):
-            if compiled is None:
-                # None from the interpreter.
-                self._compiled[kind] = self._kernel[self._grid](
-                    *arguments, num_warps=self._num_warps, num_stages=self._num_stages
-                )
-            else:
+        addresses = 0
+        kind: list[Any] = [first.device]
+        for t in tensors:
+            if t is not None:
+                addresses |= t.data_ptr()
+                kind.append(t.dtype)
+        key = tuple(kind)
+        compiled = None if addresses % 16 else self._compiled.get(key)
+        with _current(first.device):
+            if compiled is not None:
                 compiled[self._grid](*arguments)
+                return
+            compiled = self._kernel[self._grid](
+                *arguments, num_warps=self._num_warps, num_stages=self._num_stages
+            )
+        if not addresses % 16:
+            self._compiled[key] = compiled  # None from the interpreter
 
 
 def launch(
