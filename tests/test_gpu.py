@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Case, assert_within_policy, make_site, triton_ops
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_preact
 from fused_preact import PreActBasicBlock, PreActBottleneck, PreActSequential, models, reference
@@ -212,6 +213,23 @@ def test_pending_bn_of_a_bottleneck(
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert_within_policy(f"{way} g", first[0], eager[0], oracle[0])
         assert_within_policy(f"{way} dweight", first[3], eager[3], oracle[3], ulps=16)
+
+
+def test_dispatch_modes_see_the_ops() -> None:
+    """In eager PyTorch the launchers are called directly; a mode that wants to see the ops still does."""
+    names = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    network = small_network()
+    expected = copy.deepcopy(network)(x := image(4, 16, 16, 16))
+    with Seen():
+        y = network(x)
+    assert {"fused_preact::bn_stats", "fused_preact::conv_fprop", "fused_preact::bn_update_running"} <= names
+    assert torch.equal(y, expected)
 
 
 def test_launches_of_unaligned_tensors_are_compiled_anew() -> None:
