@@ -121,7 +121,7 @@ def _loading_moves_less(problem: Problem, device: Device) -> bool:
 
 
 _L2_SPEED = 2
-"""Bandwidth of L2 in those of memory: between 1.7 (B200) and 2.5 (A100) times by the data sheets in ``cost``."""
+"""Bandwidth of L2 in those of memory, the least of the chips in ``cost``: 2.0 (B200), 2.1 (H100) to 4.7 (L40S)."""
 
 
 def reload() -> None:
