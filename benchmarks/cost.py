@@ -50,7 +50,7 @@ def rank(model: str, target: str, most: int, configurations: int, workers: int) 
     """The ``most`` costliest problems of a network in bf16, each with its first configurations, best first."""
     device = Device(*TARGETS[target][0])
     batch = NETWORKS[model][0]
-    found = problems.of_network(model, batch, torch.bfloat16, device)[:most]
+    found = [p for p in problems.of_network(model, batch, torch.bfloat16, device) if p.op != "apply"][:most]
     pairs = []
     for problem in found:
         own = heuristic(problem.op, problem.geometry, problem.dtype, problem.precision, device)

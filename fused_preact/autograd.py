@@ -34,8 +34,6 @@ class _NoDoubleBackward(torch.autograd.Function):
 
 def _forbid_double_backward(grads: tuple[Any, ...], *sources: Tensor | None) -> tuple[Any, ...]:
     """Tie ``grads`` to what they depend on, so that a second differentiation fails instead of being wrong."""
-    if not torch.is_grad_enabled():
-        return grads
     return _NoDoubleBackward.apply(len(grads), *grads, *sources)
 
 
@@ -43,9 +41,9 @@ class UnitFunction(torch.autograd.Function):
     """A chain of BN -> ReLU -> convolution sites with its shortcut; see :func:`schedule.unit_forward`.
 
     Tensor arguments, in order: ``x``; ``residual``; the projection's weight and bias; then per site gamma,
-    beta, W, bias; then per site mean and var (None where the previous site's epilogue makes them). Returns y;
-    the mean and variance of y; then those of every site whose statistics were made here. Only y carries a
-    gradient.
+    beta, W, bias; then per site mean and var (None where they are made here). Returns y;
+    with ``unit.output_stats`` the mean and variance of y; then those of every site whose statistics were made here.
+    Only y carries a gradient.
     """
 
     @staticmethod
@@ -53,56 +51,62 @@ class UnitFunction(torch.autograd.Function):
         count = len(unit.sites)
         x, residual, projection_weight, projection_bias = tensors[:4]
         assert x is not None
-        sites = _sites(tensors[4 : 4 + 4 * count])
-        given = tensors[4 + 4 * count :]
-        statistics = [_pair(given[2 * i], given[2 * i + 1]) for i in range(count)]
+        end = 4 + 4 * count
+        sites = [SiteTensors(*tensors[i : i + 4]) for i in range(4, end, 4)]  # type: ignore[arg-type]
+        given = [_pair(*tensors[i : i + 2]) for i in range(end, end + 2 * count, 2)]
         projection = None if projection_weight is None else (projection_weight, projection_bias)
 
-        result = unit_forward(ops.table(backend), unit, x, statistics, sites, projection, residual)
+        result = unit_forward(ops.table(backend, x), unit, x, given, sites, projection, residual)
 
         ctx.unit, ctx.backend = unit, backend
-        vectors = [t for s in result.saved for t in s[1:]]
-        inputs = [s.x for s in result.saved]
-        parameters = tensors[4 : 4 + 4 * count]
-        ctx.save_for_backward(*inputs, *vectors, projection_weight, projection_bias, *parameters)
-        made = [
-            t for pair, was in zip(result.statistics, statistics, strict=True) if was is None for t in pair
+        # Of gamma, beta and the biases backward knows all it needs from ``needs_input_grad`` and their dtypes.
+        ctx.dtypes = [
+            (None if s[0] is None else s[0].dtype, None if s[1] is None else s[1].dtype) for s in sites
         ]
-        ctx.mark_non_differentiable(*result.output_stats, *made)
+        kept = [projection_weight]
+        for saved, site in zip(result.saved, sites, strict=True):
+            kept += (*saved, site.weight)
+        ctx.save_for_backward(*kept)
+        made = [*result.output_stats] if unit.output_stats else []
+        for pair, was in zip(result.statistics, given, strict=True):
+            if was is None:
+                made += pair
+        ctx.mark_non_differentiable(*made)
         ctx.set_materialize_grads(False)
-        return (result.y, *result.output_stats, *made)
+        return (result.y, *made)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *unused: None) -> Any:
         unit: Unit = ctx.unit
         count = len(unit.sites)
-        total = 6 + 6 * count
         if dy is None:
-            return (None,) * total
-        saved = ctx.saved_tensors
-        inputs, vectors = saved[:count], saved[count : 5 * count]
-        sites_saved = [SiteSaved(inputs[i], *vectors[4 * i : 4 * i + 4]) for i in range(count)]
-        projection_weight, projection_bias = saved[5 * count : 5 * count + 2]
-        projection = None if projection_weight is None else (projection_weight, projection_bias)
-        sites = _sites(saved[5 * count + 2 :])
-
+            return (None,) * (6 + 6 * count)
+        projection_weight, *kept = ctx.saved_tensors
+        saved = [SiteSaved(*kept[i : i + 5]) for i in range(0, 6 * count, 6)]
+        weights = kept[5::6]
         asked = ctx.needs_input_grad[2:]
-        flags = asked[4 : 4 + 4 * count]
-        needs = UnitNeeds(
-            asked[0],
-            [(flags[4 * i], flags[4 * i + 1], flags[4 * i + 2], flags[4 * i + 3]) for i in range(count)],
-            (asked[2], asked[3]),
-        )
-        with torch.no_grad():
-            grads = unit_backward(ops.table(ctx.backend), unit, sites_saved, sites, projection, dy, needs)
-        site_grads = [g for site in grads.sites for g in site]
-        result = (grads.x, dy if asked[1] else None, *grads.projection, *site_grads)
-        result = _forbid_double_backward(result, dy, inputs[0], *(s.weight for s in sites))
+        needs = UnitNeeds(asked[0], [asked[i : i + 4] for i in range(4, 4 + 4 * count, 4)], asked[2:4])
+        table = ops.table(ctx.backend, dy)
+        arguments = (unit, saved, weights, ctx.dtypes, projection_weight, dy, needs)
+        differentiated = torch.is_grad_enabled()  # create_graph=True
+        if differentiated:
+            with torch.no_grad():
+                grads = unit_backward(table, *arguments)
+        else:
+            grads = unit_backward(table, *arguments)
+        result: tuple[Any, ...] = (grads.x, dy if asked[1] else None, *grads.projection)
+        for site in grads.sites:
+            result = (*result, *site)
+        if differentiated:
+            result = _forbid_double_backward(result, dy, saved[0].x, *weights)
         return (None, None, *result, *(None,) * (2 * count))
 
 
 class HeadFunction(torch.autograd.Function):
-    """BN -> ReLU -> global average pool, [N,C,H,W] -> [N,C], with the given statistics."""
+    """BN -> ReLU -> global average pool, [N,C,H,W] -> [N,C].
+
+    With the given statistics, or those of the batch, which are then returned too.
+    """
 
     @staticmethod
     def forward(
@@ -113,19 +117,23 @@ class HeadFunction(torch.autograd.Function):
         x: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-    ) -> Tensor:
-        k = ops.table(backend)
+        mean: Tensor | None,
+        var: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        k = ops.table(backend, x)
+        made: tuple[Tensor, ...] = ()
+        if mean is None or var is None:
+            made = mean, var = k.bn_stats(x)
+            ctx.mark_non_differentiable(*made)
         scale, shift, rstd = k.bn_scale_shift(mean, var, gamma, beta, eps)
         ctx.batch_stats, ctx.backend = batch_stats, backend
         ctx.save_for_backward(x, mean, scale, shift, rstd, gamma, beta)
-        return k.bn_relu_avg_pool(x, scale, shift)
+        return k.bn_relu_avg_pool(x, scale, shift), *made
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor, *unused: None) -> Any:
         x, mean, scale, shift, rstd, gamma, beta = ctx.saved_tensors
-        k = ops.table(ctx.backend)
+        k = ops.table(ctx.backend, x)
         need_x, need_gamma, need_beta = ctx.needs_input_grad[3:6]
         with torch.no_grad():
             sum_g, sum_gx = k.bn_relu_avg_pool_reduce(dy, x, scale, shift, mean)
@@ -134,12 +142,10 @@ class HeadFunction(torch.autograd.Function):
             dx = None
             if need_x:
                 dx = k.bn_relu_avg_pool_apply(dy, x, scale, shift, mean, rstd, sum_g, sum_gx, ctx.batch_stats)
-        grads = _forbid_double_backward((dx, dgamma, dbeta), dy, x, gamma)
+        grads: tuple[Any, ...] = (dx, dgamma, dbeta)
+        if torch.is_grad_enabled():
+            grads = _forbid_double_backward(grads, dy, x, gamma)
         return (None, None, None, *grads, None, None)
-
-
-def _sites(flat: tuple[Any, ...]) -> list[SiteTensors]:
-    return [SiteTensors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
 
 
 def _pair(mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor] | None:

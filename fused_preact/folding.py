@@ -213,7 +213,7 @@ def run_chain(units: list[FoldedUnit], made: dict[Any, Any], x: Tensor) -> Tenso
             return torch.ops.fused_preact.unit_chain(x, packed.weights, packed.spec)
     if x.dtype not in made:
         made[x.dtype] = _cast(units, x.dtype)
-    return _run_sites(ops.table(ops.requested_backend()), made[x.dtype], x)
+    return _run_sites(ops.table(ops.requested_backend(), x), made[x.dtype], x)
 
 
 def run_stem(stem: Stem, made: dict[Any, Any], x: Tensor) -> Tensor | None:

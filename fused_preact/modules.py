@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import BatchNorm, Convolution, Statistics, preact_conv2d, residual_unit
+from .functional import BatchNorm, Convolution, Statistics, preact_site, residual_unit
 
 __all__ = [
     "IdentityProjection",
@@ -44,17 +44,20 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def may_skip_calls(children: Iterable[nn.Module]) -> bool:
+def may_skip_calls(children: Iterable[nn.Module | None]) -> bool:
     """Whether a fused call may take the place of the calls of ``children``.
 
     Hooks on a child (Grad-CAM, feature extraction) must see that child's call, and SyncBatchNorm needs its own
     communication, so with those the children run one by one: the same numbers, without fusion.
     """
-    return not any(
-        has_hooks(child)
-        or (isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.BatchNorm2d))
-        for child in children
-    )
+    for child in children:
+        if child is None:
+            continue
+        if has_hooks(child) or (
+            isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.BatchNorm2d)
+        ):
+            return False
+    return True
 
 
 Folded = Callable[[Tensor], Tensor | None]
@@ -111,28 +114,10 @@ class PreActConv2d(nn.Module):
         self.fused = fused
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not (self.fused and may_skip_calls(self.children())):
+        if not (self.fused and may_skip_calls(self._modules.values())):
             y = self.conv(F.relu(self.bn(input)))
             return y if residual is None else y + residual
-        bn, conv = BatchNorm.of(self.bn), Convolution.of(self.conv)
-        return preact_conv2d(
-            input,
-            conv.weight,
-            conv.bias,
-            bn_weight=bn.weight,
-            bn_bias=bn.bias,
-            running_mean=bn.running_mean,
-            running_var=bn.running_var,
-            num_batches_tracked=bn.num_batches_tracked,
-            training=bn.training,
-            momentum=bn.momentum,
-            eps=bn.eps,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            residual=residual,
-        )
+        return preact_site(input, BatchNorm.of(self.bn), Convolution.of(self.conv), residual)
 
 
 class IdentityProjection(nn.Module):
@@ -192,9 +177,10 @@ class _PreActUnit(nn.Module):
 
     def sites(self) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
         """The unit's (bn, conv) pairs, in order."""
+        modules: dict[str, Any] = self._modules
         index = 1
-        while hasattr(self, f"conv{index}"):
-            yield getattr(self, f"bn{index}"), getattr(self, f"conv{index}")
+        while f"conv{index}" in modules:
+            yield modules[f"bn{index}"], modules[f"conv{index}"]
             index += 1
 
     def forward(self, input: Tensor) -> Tensor:
@@ -212,7 +198,7 @@ class _PreActUnit(nn.Module):
             output = self._folded(input)
             if output is not None:
                 return output, None
-        if not (self.fused and may_skip_calls(self.children())):
+        if not (self.fused and may_skip_calls(self._modules.values())):
             return self._plain(input), None
         sites = [(BatchNorm.of(bn), Convolution.of(conv)) for bn, conv in self.sites()]
         projection = None

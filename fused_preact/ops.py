@@ -175,12 +175,12 @@ def _beyond_triton(args: tuple[Any, ...]) -> bool:
     float64 (the oracle's dtype), no elements, and more than 2^31 pixels: the kernels count elements in 64 bits but
     pixels in 32.
     """
+    if args[0].dtype == torch.float64:  # and with it every other tensor's
+        return True
     for t in args:
         if isinstance(t, Tensor):
             elements = t.numel()
-            if t.dtype == torch.float64 or elements == 0:
-                return True
-            if t.dim() > 1 and elements // t.shape[1] >= 2**31:
+            if elements == 0 or (elements >= 2**31 and t.dim() > 1 and elements // t.shape[1] >= 2**31):
                 return True
     return False
 
@@ -342,10 +342,20 @@ def serving_backend(x: Tensor) -> str:
     return "reference"
 
 
-def table(requested: str) -> Any:
-    """The operations of the requested backend, as an object with one function each."""
+def table(requested: str, x: Tensor) -> Any:
+    """The operations of the requested backend for tensors like ``x``, as an object with one function each."""
     if requested == "reference":
         return reference
-    if requested == "triton" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return _dispatched
+    if requested == "triton":
         return _triton  # also for the interpreter's CPU tensors, which the dispatcher would send elsewhere
+    if (
+        (x.is_cuda or x.is_xpu)
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+    ):
+        # Where the dispatcher would come back to Python by a way that costs more than the launches. Modes that want
+        # to see the ops (selective checkpointing, FLOP counters) and subclasses still go through it.
+        return _triton
     return _dispatched

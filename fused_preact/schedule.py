@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -86,14 +87,17 @@ def unit_forward(
     """Run the sites one after the other and add the shortcut in the last epilogue.
 
     ``statistics`` holds (mean, var) per site: those of ``x`` for the first, the running ones for a site in
-    eval mode, None for a site that takes them from the epilogue before it.
+    eval mode, None for a site that takes them from the epilogue before it, or, the first, computes them.
     """
     h = x
-    produced: tuple[Tensor, Tensor] | None = None
+    # Nobody handed them on: one read of x.
+    produced: tuple[Tensor, Tensor] | None = k.bn_stats(x) if statistics[0] is None else None
     used: list[tuple[Tensor, Tensor]] = []
     saved: list[SiteSaved] = []
     for index, (site, tensors) in enumerate(zip(unit.sites, sites, strict=True)):
-        mean, var = _one(statistics[index], produced)
+        normalised_with = statistics[index] or produced
+        assert normalised_with is not None, "a convolution makes the statistics that the next site asks for"
+        mean, var = normalised_with
         scale, shift, rstd = k.bn_scale_shift(mean, var, tensors.gamma, tensors.beta, site.eps)
         used.append((mean, var))
         saved.append(SiteSaved(h, mean, scale, shift, rstd))
@@ -117,20 +121,14 @@ def unit_forward(
     return UnitResult(h, produced, used, saved)
 
 
-def _one(
-    given: tuple[Tensor, Tensor] | None, produced: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    statistics = produced if given is None else given
-    assert statistics is not None, "the first site's statistics are given"
-    return statistics
-
-
 class UnitNeeds(NamedTuple):
     """Which gradients are asked for."""
 
     x: bool
-    sites: list[tuple[bool, bool, bool, bool]]
-    projection: tuple[bool, bool]
+    sites: list[tuple[bool, ...]]
+    """Of each site's gamma, beta, weight and bias."""
+    projection: tuple[bool, ...]
+    """Of the projection's weight and bias."""
 
 
 class UnitGrads(NamedTuple):
@@ -145,21 +143,24 @@ def unit_backward(
     k: Any,
     unit: Unit,
     saved: list[SiteSaved],
-    sites: list[SiteTensors],
-    projection: tuple[Tensor, Tensor | None] | None,
+    weights: list[Tensor],
+    dtypes: list[tuple[torch.dtype | None, torch.dtype | None]],
+    projection: Tensor | None,
     dy: Tensor,
     needs: UnitNeeds,
 ) -> UnitGrads:
-    """Closed-form backward of :func:`unit_forward`; ``dy`` is never written to."""
-    grads: list[list[Tensor | None]] = [[None] * 4 for _ in sites]
+    """Closed-form backward of :func:`unit_forward`; ``dy`` is never written to.
+
+    ``weights`` are the sites' and ``projection`` is the projection's; ``dtypes`` those of each site's gamma and beta.
+    """
+    grads: list[list[Tensor | None]] = [[None] * 4 for _ in weights]
     dprojection: tuple[Tensor | None, Tensor | None] = (None, None)
     dx: Tensor | None = None
 
     first = saved[0]
     if projection is not None and unit.projection is not None:
-        weight, _ = projection
         dprojection = (
-            k.conv_wgrad(dy, first.x, first.scale, first.shift, weight, *unit.projection)
+            k.conv_wgrad(dy, first.x, first.scale, first.shift, projection, *unit.projection)
             if needs.projection[0]
             else None,
             dy.sum((0, 2, 3)) if needs.projection[1] else None,
@@ -167,8 +168,8 @@ def unit_backward(
 
     grad = dy
     pending: list[Tensor] = []
-    for index in reversed(range(len(sites))):
-        site, tensors, s = unit.sites[index], sites[index], saved[index]
+    for index in reversed(range(len(weights))):
+        site, weight, s = unit.sites[index], weights[index], saved[index]
         need_gamma, need_beta, need_weight, need_bias = needs.sites[index]
         need_input = needs.x or any(any(flags) for flags in needs.sites[:index])
         need_g = need_gamma or need_beta or need_input
@@ -178,18 +179,18 @@ def unit_backward(
             grads[index][3] = grad.sum((0, 2, 3))
         if not need_g:
             if need_weight:
-                grads[index][2] = k.conv_wgrad(grad, s.x, s.scale, s.shift, tensors.weight, *site.conv)
+                grads[index][2] = k.conv_wgrad(grad, s.x, s.scale, s.shift, weight, *site.conv)
             break
 
         da = None
         if index == 0 and projection is not None and unit.projection is not None:
             # Two users of one activation: their gradients meet before the ReLU's mask.
-            da, _, _ = k.conv_dgrad(dy, projection[0], s.x, None, None, None, None, *unit.projection)
+            da, _, _ = k.conv_dgrad(dy, projection, s.x, None, None, None, None, *unit.projection)
         apply = index == 0 and need_input
         grad, sum_g, sum_gx, dweight = k.conv_backward(
             grad,
             pending,
-            tensors.weight,
+            weight,
             s.x,
             [s.scale, s.shift, s.mean, s.rstd],
             da,
@@ -201,16 +202,22 @@ def unit_backward(
         )
         if need_weight:
             grads[index][2] = dweight
-        if need_gamma and tensors.gamma is not None:
-            grads[index][0] = (s.rstd * sum_gx).to(tensors.gamma.dtype)
-        if need_beta and tensors.beta is not None:
-            grads[index][1] = sum_g.to(tensors.beta.dtype)
+        gamma_dtype, beta_dtype = dtypes[index]
+        if need_gamma and gamma_dtype is not None:
+            grads[index][0] = _as(s.rstd * sum_gx, gamma_dtype)
+        if need_beta and beta_dtype is not None:
+            grads[index][1] = _as(sum_g, beta_dtype)
         if not need_input:
             break
         pending = [s.x, s.mean, s.scale, s.rstd, *([sum_g, sum_gx] if site.batch_stats else [])]
         if apply:
             dx = grad
     return UnitGrads(dx, grads, dprojection)
+
+
+def _as(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """``vector.to(dtype)``, whose call would cost more than the comparison where there is nothing to do."""
+    return vector if vector.dtype == dtype else vector.to(dtype)
 
 
 def _applied(k: Any, g: Tensor, pending: list[Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ PROBLEM = choose.Problem(
     torch.bfloat16,
     "tf32",
 )
+SOME_CONFIG = ConvConfig(64, 32, 32, 4, 2)
 SOME = {"path": "fused", "config": [64, 32, 32, 4, 2, 0]}
 
 
@@ -181,6 +182,40 @@ def test_one_loop_over_the_taps(
             ("y", "g"), everything(config), by_reference(s), by_reference(d), strict=True
         ):
             assert_within_policy(name, actual, eager, exact)
+
+
+# --- how a pending BN backward reaches dgrad and wgrad ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "way"),
+    [(64, 1, "loaded"), (256, 1, "loaded"), (512, 1, "stored"), (64, 3, "stored"), (256, 3, "stored")],
+)
+def test_a_pending_bn_is_applied_where_that_moves_less(
+    cache: Path, channels: int, kernel: int, way: str
+) -> None:
+    """In a 1x1 site every element of dy is read once, or by two tiles of C; with more the pass pays."""
+    padding = (kernel // 2,) * 2
+    geometry = Geometry(256, channels, 56, 56, 64, kernel, kernel, 56, 56, (1, 1), padding, (1, 1), 1)
+    problem = choose.Problem("apply", geometry, torch.bfloat16, "tf32", ("weight_grad",))
+    assert choose.chosen(problem, ODD) == (way, None, "heuristic")
+    other = {"path": "stored" if way == "loaded" else "loaded", "config": None, "ms": 1.0}
+    tables.write(cache, ODD.name, {problem.key: other})
+    choose.reload()
+    assert choose.chosen(problem, ODD) == (other["path"], None, "cache"), "a measurement overrides the count"
+    # A library convolution can only read what is stored.
+    split = {"path": "split", "config": None, "ms": 1.0}
+    pending = problem._replace(op="wgrad", extras=("pending",))
+    assert pending.key == problem._replace(op="wgrad").key.replace("wgrad", "wgrad pending")
+    tables.write(cache, ODD.name, {pending.key: split})
+    choose.reload()
+    assert choose.chosen(problem, ODD).path == "stored"
+
+
+def test_what_can_be_forced() -> None:
+    for path, config in (("fused", None), ("loaded", SOME_CONFIG), ("fast", None)):
+        with pytest.raises(ValueError, match="path, config"), choose.forced(path, config):
+            pass
 
 
 # --- the tables -----------------------------------------------------------------------------------------------

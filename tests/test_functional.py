@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_preact
-from fused_preact import PreActBottleneck, models, ops
+from fused_preact import PreActBottleneck, PreActConv2d, models, ops
 from fused_preact.functional import (
     BatchNorm,
     Convolution,
@@ -183,7 +184,7 @@ def test_backward_keeps_the_backend_of_forward(
     """Backward runs outside the ``with`` block, and on a GPU in another thread."""
     asked = []
     table = ops.table
-    monkeypatch.setattr(ops, "table", lambda name: asked.append(name) or table(name))
+    monkeypatch.setattr(ops, "table", lambda name, x: asked.append(name) or table(name, x))
     x = image(2, 4, 5, 5).to(device).requires_grad_()
     with fused_preact.backend(backend):
         y = preact_conv2d(x, image(6, 4, 3, 3).to(device))
@@ -238,3 +239,32 @@ def test_returned_statistics_are_those_of_the_output() -> None:
     torch.testing.assert_close(statistics.mean, y.mean((0, 2, 3)))
     torch.testing.assert_close(statistics.var, y.var((0, 2, 3), correction=0))
     assert residual_unit(image(2, 4, 5, 5), sites)[1] is None
+
+
+def test_what_passed_is_checked_again_when_it_changes() -> None:
+    """The checks are remembered by shapes, dtypes and constants, not by module."""
+    site = PreActConv2d(4, 6, 3, stride=[1, 1], padding=1)
+    x = image(2, 4, 5, 5)
+    assert site(x).shape == site(x).shape == (2, 6, 5, 5)
+    with pytest.raises(ValueError, match="input: got shape"):
+        site(x[0])
+    site.conv.stride = (0, 1)
+    with pytest.raises(ValueError, match="stride: got"):
+        site(x)
+    site.conv.stride = (2, 1)
+    assert site(x).shape == (2, 6, 3, 5)
+    site.conv.to(torch.bfloat16)
+    with pytest.raises(TypeError, match="weight: got dtype"):
+        site(x)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        site.to(torch.float32)(x[:1, :, :1, :1])
+
+
+def test_parametrised_parameters_are_read() -> None:
+    """A parametrisation takes a parameter's place in its module; the fused call must see its value."""
+    site = PreActConv2d(4, 6, 1)
+    torch.nn.utils.parametrizations.weight_norm(site.conv)
+    plain = copy.deepcopy(site)
+    plain.fused = False
+    x = image(2, 4, 5, 5)
+    torch.testing.assert_close(site(x), plain(x))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Case, assert_within_policy, make_site, triton_ops
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_preact
 from fused_preact import PreActBasicBlock, PreActBottleneck, PreActSequential, models, reference
@@ -180,6 +181,71 @@ def test_real_sites(case: Case, dtype: torch.dtype) -> None:
     assert_within_policy("dweight", dweight, eager_dw, oracle_dw, ulps=16)
     again = triton_ops.conv_wgrad(s.dy, s.x, s.scale, s.shift, s.weight, *s.constants)
     assert torch.equal(dweight, again), "two runs give the same bits"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("channels", [256, 512])
+@pytest.mark.parametrize("batch_stats", [True, False], ids=["training", "eval"])
+def test_pending_bn_of_a_bottleneck(
+    dtype: torch.dtype, channels: int, batch_stats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """conv1 of ResNet-50's units: applied on load or stored, both as the oracle, twice the same bits."""
+    from fused_preact.kernels.triton import choose
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    width = channels // 4
+    s = make_site(Case(n=8, c=channels, h=28, w=28, k=width, kernel=(1, 1), padding=(0, 0)), dtype, "cuda")
+    d = s.double()
+    rows = 8 * 28 * 28
+    behind = [torch.rand(width, device="cuda") + 0.5 for _ in range(3)]
+    if batch_stats:
+        behind += [torch.rand(width, device="cuda") * rows for _ in range(2)]
+
+    def run(k, t):
+        pending = [t.residual, *(v.to(t.mean.dtype) for v in behind)]
+        bn = [t.scale, t.shift, t.mean, t.rstd]
+        return k.conv_backward(t.dy, pending, t.weight, t.x, bn, None, None, *s.constants, True, False, True)
+
+    eager, oracle = run(reference, s), run(reference, d)
+    for way in ("loaded", "stored"):
+        with choose.forced(way, None):
+            first, second = run(triton_ops, s), run(triton_ops, s)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert_within_policy(f"{way} g", first[0], eager[0], oracle[0])
+        assert_within_policy(f"{way} dweight", first[3], eager[3], oracle[3], ulps=16)
+
+
+def test_dispatch_modes_see_the_ops() -> None:
+    """In eager PyTorch the launchers are called directly; a mode that wants to see the ops still does."""
+    names = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    network = small_network()
+    expected = copy.deepcopy(network)(x := image(4, 16, 16, 16))
+    with Seen():
+        y = network(x)
+    assert {"fused_preact::bn_stats", "fused_preact::conv_fprop", "fused_preact::bn_update_running"} <= names
+    assert torch.equal(y, expected)
+
+
+def test_launches_of_unaligned_tensors_are_compiled_anew() -> None:
+    """A kernel compiled for addresses that are multiples of 16 bytes must not serve others."""
+    storage = torch.randn(2 * 16 * 8 * 8 + 1, device="cuda")
+    mean, var = torch.zeros(16, device="cuda"), torch.ones(16, device="cuda")
+    weight = torch.randn(16, 16, 1, 1, device="cuda").contiguous(memory_format=torch.channels_last)
+    results = []
+    for start in (0, 1, 0):
+        x = storage[start : start + 2 * 16 * 8 * 8]
+        x.copy_(torch.arange(x.numel(), device="cuda") % 7)
+        x = x.view(2, 8, 8, 16).permute(0, 3, 1, 2)
+        constants = ([1, 1], [0, 0], [1, 1], 1)
+        results.append(triton_ops.conv_fprop(x, var, mean, weight, None, None, *constants, True)[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_more_than_2_to_the_31_elements() -> None:

@@ -135,3 +135,40 @@ def test_float64_is_served_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> 
     y, _, _ = triton_ops.conv_fprop(d.x, d.scale, d.shift, d.weight, None, None, *d.constants, True)
     expected, _, _ = reference.conv_fprop(d.x, d.scale, d.shift, d.weight, None, None, *d.constants, True)
     assert torch.equal(y, expected)
+
+
+def test_a_launcher_keeps_the_compiled_kernel() -> None:
+    """Triton binds the first launch of a kind, and those of tensors at addresses that are no multiples of 16."""
+    from fused_preact.kernels.triton.common import Launcher
+
+    bound, launched = [], []
+
+    class Kernel:
+        """A JIT function as far as a launcher looks."""
+
+        arg_names = ("x_ptr", "y_ptr", "rows", "BLOCK_M")
+
+        def __getitem__(self, grid):
+            def run(*arguments, num_warps, num_stages):
+                bound.append((grid, arguments, num_warps, num_stages))
+                return Compiled()
+
+            return run
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append((grid, arguments))
+
+    launcher = Launcher(Kernel(), (3,), num_warps=4, num_stages=2, BLOCK_M=64, rows=7)
+    x = torch.zeros(65)
+    launcher(x, None)
+    assert bound == [((3, 1, 1), (x, None, 7, 64), 4, 2)]
+    launcher(x, None)
+    assert launched == [((3, 1, 1), (x, None, 7, 64))]
+    for other in (x[1:], x[1:], x.double()):
+        launcher(other, None)
+    assert (len(bound), len(launched)) == (4, 1)
+    launcher(x, None)
+    assert (len(bound), len(launched)) == (4, 2)
+    with pytest.raises(KeyError):
+        Launcher(Kernel(), (3,), 4, rows=7, other=64)

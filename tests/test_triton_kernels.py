@@ -391,3 +391,49 @@ def test_results_do_not_share_memory(device: str) -> None:
     ]
     storages = [t.untyped_storage().data_ptr() for t in (*results, s.x, s.dy, s.mean, s.rstd)]
     assert len(set(storages)) == len(storages)
+
+
+APPLY = [
+    pytest.param(CASES[i].values[0], dtype, id=f"{str(dtype)[6:]}-{CASES[i].id}")
+    for i, dtype in (
+        *((i, torch.float32) for i in (0, 1, 2, 3, 4, 5, 8, 11, 13, 15)),
+        *((i, torch.bfloat16) for i in (0, 1, 3, 5)),
+        (2, torch.float16),
+    )
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), APPLY)
+@pytest.mark.parametrize("way", ["loaded", "stored"])
+@pytest.mark.parametrize("batch_stats", [True, False], ids=["training", "eval"])
+def test_conv_backward_with_a_pending_bn(
+    device: str, case: Case, dtype: torch.dtype, way: str, batch_stats: bool
+) -> None:
+    """The BN backward behind the convolution, applied where dgrad and wgrad read dy, or stored for both."""
+    from fused_preact.kernels.triton import choose
+
+    s = make_site(case, dtype, device)
+    # Means that BN makes much of at a pixel outside: -mean is far from 0.
+    y = (s.residual.float() + 3).to(dtype)
+    mean, var = torch.full((case.k,), 3.0, device=device), torch.rand(case.k, device=device) + 0.5
+    gamma = torch.linspace(-1, 1.5, case.k, device=device)
+    scale, _, rstd = reference.bn_scale_shift(mean, var, gamma, None, 1e-5)
+    sums = [t * s.dy[:, 0].numel() for t in torch.rand(2, case.k, device=device)]
+    d = s.double()
+
+    def run(k, t, last):
+        vectors = [v.to(t.mean.dtype) for v in (mean, scale, rstd, *(sums if batch_stats else []))]
+        bn = [t.scale, t.shift, t.mean, t.rstd]
+        arguments = (t.dy, [y.to(last), *vectors], t.weight, t.x, bn, t.da, None, *s.constants)
+        return k.conv_backward(*arguments, True, False, True)
+
+    with choose.forced(way, None):
+        actual = run(triton_ops, s, dtype)
+    eager, oracle = run(reference, s, dtype), run(reference, d, torch.float64)
+    assert_within_policy("g", actual[0], eager[0], oracle[0])
+    assert_within_policy("dweight", actual[3], eager[3], oracle[3])
+    exact, centred = oracle[0].abs(), (d.x - d.mean.view(1, -1, 1, 1)).abs()
+    for i, terms in ((1, exact), (2, exact * centred)):
+        total = terms.sum((0, 2, 3))
+        name = ("sum_g", "sum_gx")[i - 1]
+        assert_within_policy(name, actual[i], eager[i], oracle[i], terms=total, terms_dtype=dtype)

@@ -23,13 +23,18 @@ from fused_preact.tune.loop import Tuner, name_of, trials_path
 H100 = Device("cuda", 90, 132, "NVIDIA H100 80GB HBM3")
 INTERPRETER = Device("cuda", 90, 4, "Triton interpreter")
 PAIR = ((1, 1), (1, 1), (1, 1))
+POINTWISE = Geometry(2, 16, 4, 5, 32, 1, 1, 4, 5, (1, 1), (0, 0), (1, 1), 1)
 TINY = Geometry(2, 16, 4, 5, 32, 3, 3, 4, 5, *PAIR, 1)
 
 
 def problem(
     op: str = "fprop", geometry: Geometry = TINY, dtype: torch.dtype = torch.float32
 ) -> choose.Problem:
-    extras = {"fprop": ("residual", "stats"), "dgrad": ("masked",), "wgrad": ()}[op]
+    op, *pending = op.split()
+    extras = {"fprop": ("residual", "stats"), "dgrad": ("masked",), "apply": ("weight_grad",), "wgrad": ()}[
+        op
+    ]
+    extras += tuple(pending)
     return choose.Problem(op, geometry, dtype, "ieee" if dtype == torch.float32 else "tf32", extras)
 
 
@@ -88,6 +93,20 @@ def test_a_fused_winner_and_a_loss_to_eager(table: Path) -> None:
     assert outcome.slower
     assert "SLOWER THAN EAGER" in said[0]
     assert choose.chosen(problem(), INTERPRETER) == ("fused", own, "cache")
+
+
+def test_how_a_pending_bn_reaches_dgrad_and_wgrad(table: Path) -> None:
+    """Both ways are checked and timed after their convolutions, which have entries of their own."""
+    found = [problem(op, POINTWISE) for op in ("dgrad pending", "wgrad pending", "dgrad", "apply")]
+    said: list[str] = []
+    clock = FakeClock(loaded=2.0, stored=1.0)
+    outcomes = tuner(table, clock, said).run(found, 60)
+    assert [o.wrong for o in outcomes] == [{}] * 4
+    assert set(clock.seen[-1]) == {"loaded", "stored"}
+    assert len({p.key for p in found}) == 4
+    assert choose.chosen(found[-1], INTERPRETER) == ("stored", None, "cache")
+    assert "stored, 1.0000 ms" in said[-1]
+    assert choose.chosen(found[-1], INTERPRETER._replace(name="")).path == "loaded"
 
 
 def test_resumes_and_keeps_what_it_has(table: Path) -> None:
@@ -156,15 +175,25 @@ def test_a_corrupt_table_is_not_overwritten(table: Path) -> None:
     assert table.read_text() == "{"
 
 
-@pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad", "dgrad pending", "wgrad pending", "apply"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_check_sees_one_wrong_element(op: str, dtype: torch.dtype) -> None:
     oracle = trial.Oracle(problem(op, dtype=dtype), torch.device("cpu"))
     right = trial.run(oracle.problem, oracle.inputs, reference)
     assert oracle.problem_with(right) is None
-    outputs = {"fprop": ("y", "mean", "var"), "dgrad": ("g", "sum_g", "sum_gx"), "wgrad": ("dweight",)}
-    for index, name in enumerate(outputs[op]):
-        for error in (0.2 if op != "wgrad" and index == 0 else 4.0, float("nan")):
+    sums = ("g", "sum_g", "sum_gx")
+    outputs = {
+        "fprop": ("y", "mean", "var"),
+        "dgrad": sums,
+        "wgrad": ("dweight",),
+        "apply": (*sums, "dweight"),
+    }
+    for index, name in enumerate(outputs[op.split()[0]]):
+        # The pending BN's gradients are some times as large, and the sums over pixels more so.
+        small = (
+            0.2 if name in ("y", "g") and oracle.problem.op in ("fprop", "dgrad") and " " not in op else 4.0
+        )
+        for error in (small, float("nan")):
             bad = [t.clone() for t in right]
             bad[index][(1,) * bad[index].dim()] += error
             assert str(oracle.problem_with(tuple(bad))).startswith(name)
@@ -174,7 +203,9 @@ def test_problems_of_a_network() -> None:
     found = problems.of_network("preact_resnet50", 256, torch.bfloat16, H100)
     keys = [p.key for p in found]
     assert len(keys) == len(set(keys))
-    assert {p.op for p in found} == {"fprop", "dgrad", "wgrad"}
+    assert {p.op for p in found} == {"fprop", "dgrad", "wgrad", "apply"}
+    assert "dgrad pending bfloat16 256->64 1x1 rows 2^20" in keys
+    assert keys[-1].startswith("apply"), "timed with the configurations of its dgrad and wgrad"
     assert "fprop bfloat16 64->64 3x3 rows 2^20" in keys
     # conv3 and the projection share a key: the one with identity and statistics stands for it.
     shared = next(p for p in found if p.key == "fprop bfloat16 64->256 1x1 rows 2^20")

@@ -156,7 +156,7 @@ def test_statistics_are_handed_on(backend: str, device: str) -> None:
     """A row of units computes the statistics of its input once; the others come from epilogues."""
     row = PreActSequential(PreActBasicBlock(6, 6), PreActBasicBlock(6, 9, 2), PreActBottleneck(9, 12))
     calls = []
-    table = ops.table(backend)
+    table = ops.table(backend, torch.empty(0, device=device))
 
     class Counting:
         def __getattr__(self, name):
@@ -167,7 +167,7 @@ def test_statistics_are_handed_on(backend: str, device: str) -> None:
             return call
 
     with pytest.MonkeyPatch.context() as patch, fused_preact.backend(backend):
-        patch.setattr(ops, "table", lambda name: Counting())
+        patch.setattr(ops, "table", lambda name, x: Counting())
         row.to(device)(torch.randn(2, 6, 5, 5, device=device, requires_grad=True)).sum().backward()
     assert calls.count("bn_stats") == 1
     assert calls.count("conv_fprop") == 2 + 3 + 4, "the 7 sites and the 2 projections"
@@ -256,7 +256,7 @@ def test_nothing_frozen_runs_no_kernel(backend: str, device: str) -> None:
     unit = PreActBottleneck(8, 8).to(device).requires_grad_(False)
     unit.conv3.weight.requires_grad_(True)
     calls = []
-    table = ops.table(backend)
+    table = ops.table(backend, torch.empty(0, device=device))
 
     class Counting:
         def __getattr__(self, name):
@@ -265,7 +265,7 @@ def test_nothing_frozen_runs_no_kernel(backend: str, device: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch, fused_preact.backend(backend):
         y = unit(torch.randn(2, 8, 4, 4, device=device))
-        patch.setattr(ops, "table", lambda name: Counting())
+        patch.setattr(ops, "table", lambda name, x: Counting())
         y.sum().backward()
     assert calls == ["conv_wgrad"]
 

@@ -62,7 +62,7 @@ def listing(found: list[Problem], device: Device) -> list[str]:
     lines = []
     for problem in found:
         choice = chosen(problem, device)
-        how = "split" if choice.config is None else name_of(choice.config)
+        how = choice.path if choice.config is None else name_of(choice.config)
         lines.append(f"{problem.key:48} {how:24} {choice.source}")
     return lines
 

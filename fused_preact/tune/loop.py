@@ -113,14 +113,21 @@ class Tuner:
         return outcomes
 
     def _ranked(self, problem: Problem) -> list[ConvConfig]:
-        """Half as many again as are timed, by the estimated cost, and the heuristic's own."""
+        """Half as many again as are timed, by the estimated cost, and the heuristic's own; none for "apply"."""
+        if problem.op == "apply":
+            return []
         own = heuristic(problem.op, problem.geometry, problem.dtype, problem.precision, self.device)
         first = candidates(problem, self.device)[: self.limit + self.limit // 2]
         return [own, *(c for c in first if c != own)]
 
     def _problem(self, problem: Problem, jobs: list[Job], seconds: float) -> Outcome:
-        """Everything for one problem; ``jobs`` begin with the heuristic's configuration."""
+        """Everything for one problem; ``jobs`` begin with the heuristic's configuration, "apply" has none."""
         wrong: dict[str, str] = {}
+        if problem.op == "apply":
+            reload()  # its dgrad and wgrad have just been tuned
+            ways: dict[str, Way] = {name: (name, None) for name in ("loaded", "stored")}
+            self._check(problem, ways, wrong)
+            return self._outcome(problem, ways, self.timer(self._runners(problem, ways), seconds), wrong)
         predicted = self._predicted(problem, jobs, wrong)
         own = name_of(jobs[0][0])
         kept = sorted(predicted, key=lambda config: predicted[config])[: self.limit]
@@ -183,7 +190,8 @@ class Tuner:
             return call
 
         runners = {name: runner(path) for name, path in paths.items()}
-        runners[EAGER] = eager_runner(problem, inputs)
+        if problem.op != "apply":
+            runners[EAGER] = eager_runner(problem, inputs)
         if "masked" in problem.extras:
 
             def apply(index: int) -> Any:
@@ -225,7 +233,7 @@ class Tuner:
         if outcome.entry is None:
             return "\n".join([f"{outcome.key}: nothing right could be timed", *lines])
         entry = outcome.entry
-        tile = "split" if entry["config"] is None else name_of(ConvConfig(*entry["config"]))
+        tile = entry["path"] if entry["config"] is None else name_of(ConvConfig(*entry["config"]))
         head = f"{outcome.key}: {tile}, {entry['ms']:.4f} ms"
         if outcome.eager_ms is not None:
             apply = f" + {outcome.apply_ms:.4f} apply" if outcome.apply_ms else ""

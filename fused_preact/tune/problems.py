@@ -29,15 +29,19 @@ def of_network(model: str, batch: int, dtype: torch.dtype, device: Device) -> li
 
 
 def distinct(found: list[Problem]) -> list[Problem]:
-    """One problem for each key, the one that does most beside the convolution; sorted by FLOPs of all its uses."""
+    """One problem for each key, the one that does most beside the convolution; sorted by FLOPs of all its uses.
+
+    Last those of how a BN backward reaches dgrad and wgrad: they are timed with the configurations of both. Of larger
+    kernels than 1x1 that is no question: every tap would apply it again.
+    """
     kept: dict[str, Problem] = {}
     flops: dict[str, int] = {}
     for problem in found:
         g = problem.geometry
-        if g.groups != 1:
+        if g.groups != 1 or (g.r * g.s > 1 and (problem.op == "apply" or "pending" in problem.extras)):
             continue
         before = kept.get(problem.key)
         if before is None or len(problem.extras) > len(before.extras):
             kept[problem.key] = problem
         flops[problem.key] = flops.get(problem.key, 0) + g.rows * g.k * g.c * g.r * g.s
-    return sorted(kept.values(), key=lambda p: -flops[p.key])
+    return sorted(kept.values(), key=lambda p: (p.op == "apply", -flops[p.key]))

@@ -29,6 +29,15 @@ class Inputs(NamedTuple):
     mean: Tensor
     scale: Tensor
     shift: Tensor
+    y: Tensor
+    """The input of the BN behind the convolution, whose backward may be pending on ``dy``."""
+    behind: Tensor
+    """That BN's mean, scale, rstd, sum g and sum g (y - mean): [5,K]."""
+
+    @property
+    def pending(self) -> list[Tensor]:
+        """As ``conv_backward`` takes it."""
+        return [self.y, *self.behind]
 
     def double(self) -> Inputs:
         """The same values in float64, for the oracle."""
@@ -61,7 +70,12 @@ def make_inputs(problem: Problem, device: torch.device | str) -> Inputs:
     shift = 0.1 + 0.2 * torch.rand(g.c, device=device)
     mean = 0.1 * torch.randn(g.c, device=device)
     dy = image(g.n, g.k, g.oh, g.ow)
-    return Inputs(x, weight.to(problem.dtype).contiguous(memory_format=last), added, dy, mean, scale, shift)
+    y = image(g.n, g.k, g.oh, g.ow)
+    # rstd and scale near 1, sums whose share of a pixel is near it too.
+    behind = 0.5 + torch.rand(5, g.k, device=device)
+    behind[3:] *= g.rows
+    weight = weight.to(problem.dtype).contiguous(memory_format=last)
+    return Inputs(x, weight, added, dy, mean, scale, shift, y, behind)
 
 
 def run(problem: Problem, i: Inputs, table: Any = kernels) -> tuple[Tensor, ...]:
@@ -73,11 +87,21 @@ def run(problem: Problem, i: Inputs, table: Any = kernels) -> tuple[Tensor, ...]
         return table.conv_fprop(
             i.x, i.scale, i.shift, i.weight, None, residual, *constants, "stats" in extras
         )
+    if problem.op == "apply":
+        bn = [i.scale, i.shift, i.mean, i.scale]
+        weight_grad = "weight_grad" in extras
+        return table.conv_backward(
+            i.dy, i.pending, i.weight, i.x, bn, None, None, *constants, True, False, weight_grad
+        )
+    pending = "pending" in extras
+    if pending and table is not kernels:
+        i = i._replace(dy=table.bn_backward_apply(i.dy, *i.pending, True, None))
+    with_pending = {"pending": i.pending} if pending and table is kernels else {}
     if problem.op == "dgrad":
         da = i.residual if "da" in extras else None
         vectors = (i.scale, i.shift, i.mean, da) if "masked" in extras else (None,) * 4
-        return table.conv_dgrad(i.dy, i.weight, i.x, *vectors, *constants)
-    return (table.conv_wgrad(i.dy, i.x, i.scale, i.shift, i.weight, *constants),)
+        return table.conv_dgrad(i.dy, i.weight, i.x, *vectors, *constants, **with_pending)
+    return (table.conv_wgrad(i.dy, i.x, i.scale, i.shift, i.weight, *constants, **with_pending),)
 
 
 class Oracle:
@@ -86,18 +110,18 @@ class Oracle:
     def __init__(self, problem: Problem, device: torch.device) -> None:
         self.problem = shrunk(problem)
         self.inputs = make_inputs(self.problem, device)
-        self.exact = run(self.problem, self.inputs.double(), reference)[0]
-        self.eager = run(self.problem, self.inputs, reference)[0]
+        exact = run(self.problem, self.inputs.double(), reference)
+        eager = run(self.problem, self.inputs, reference)
+        self.exact, self.eager = exact[0], eager[0]
+        self.last = exact[-1], eager[-1]
 
     def problem_with(self, actual: tuple[Tensor, ...]) -> str | None:
         """What is wrong with a result, or None: an error of at most twice eager's and a few ulp is right."""
-        first = {"fprop": "y", "dgrad": "g", "wgrad": "dweight"}[self.problem.op]
-        exact = self.exact
-        if actual[0].shape != exact.shape:
-            return f"{first}: shape {tuple(actual[0].shape)}, expected {tuple(exact.shape)}"
-        size = exact.abs() + exact.square().mean().sqrt()
-        allowed = 2 * (self.eager.double() - exact).abs().max() + 4 * _ulp(actual[0]) * size
-        wrong = _excess(first, actual[0], exact, allowed)
+        first = {"wgrad": "dweight", "fprop": "y"}.get(self.problem.op, "g")
+        wrong = _unlike(first, actual[0], self.exact, self.eager)
+        if self.problem.op == "apply":
+            wrong = wrong or _unlike("dweight", actual[-1], *self.last)
+            actual = actual[:-1]
         if wrong or len(actual) == 1 or actual[1].numel() == 0:
             return wrong
         # Statistics and sums are those of the stored values.
@@ -114,6 +138,17 @@ class Oracle:
         for (name, (right, terms)), found in zip(expected.items(), actual[1:], strict=True):
             wrong = wrong or _excess(name, found, right, 16 * _ulp(found) * terms)
         return wrong
+
+
+def _unlike(name: str, actual: Tensor, exact: Tensor, eager: Tensor) -> str | None:
+    """What is wrong with a tensor beside the float64 one and eager's, or None."""
+    if actual.shape != exact.shape:
+        return f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    if actual.numel() == 0:
+        return None
+    size = exact.abs() + exact.square().mean().sqrt()
+    allowed = 2 * (eager.double() - exact).abs().max() + 4 * _ulp(actual) * size
+    return _excess(name, actual, exact, allowed)
 
 
 def _ulp(t: Tensor) -> float:
@@ -134,7 +169,8 @@ def eager_runner(problem: Problem, inputs: list[Inputs]) -> Callable[[int], Any]
     """The part of eager PyTorch's BN -> ReLU -> convolution [+ addition] that the operation stands for.
 
     fprop: all of the forward. dgrad: the gradients of the input and of BN's parameters, applied (ours without the
-    apply pass, which is measured beside it); of a second user the convolution's alone. wgrad: the weight's.
+    apply pass, which is measured beside it); of a second user the convolution's alone. wgrad: the weight's. Eager has
+    no pending BN backward: what it is given is dy.
     """
     g = problem.geometry
     constants = (g.stride, g.padding, g.dilation, g.groups)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_format_of, cdiv, channels_last, empty_image, launch
+from .common import Launcher, as_format_of, bn_backward, cdiv, channels_last, empty_image
 from .configs import tile_config
-
-
-@triton.jit
-def bn_backward(g, x, mean, scale, rstd, sum_g, sum_gx, inv_m):
-    """A g + B (x - mu) + C of a float32 tile: A = s, B = -s r^2 (sum g (x - mu)) / m, C = -s (sum g) / m."""
-    slope = -rstd * rstd * sum_gx * inv_m
-    offset = -sum_g * inv_m
-    return scale[None, :] * (g + (x - mean[None, :]) * slope[None, :] + offset[None, :])
 
 
 @triton.jit
@@ -72,29 +66,25 @@ def bn_backward_apply(
     """dx like ``x`` [N,C,H,W]; ``g`` and ``residual_grad`` may have any strides; vectors are float32 [C]."""
     source, x, g = x, channels_last(x), channels_last(g)
     n, channels, height, width = x.shape
-    rows = n * height * width
     dx = empty_image(x, channels, height, width)
+    residual_grad = None if residual_grad is None else channels_last(residual_grad)
+    launcher = _launcher(n * height * width, channels, training, residual_grad is not None)
+    launcher(g, x, mean, scale, rstd, sum_g, sum_gx, residual_grad, dx)
+    return as_format_of(dx, source)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launcher(rows: int, channels: int, training: bool, has_residual: bool) -> Launcher:
     config = tile_config(channels)
-    launch(
+    return Launcher(
         _bn_backward_apply_kernel,
         (cdiv(rows, config.block_m), cdiv(channels, config.block_c)),
-        x.device,
         num_warps=config.num_warps,
-        g_ptr=g,
-        x_ptr=x,
-        mean_ptr=mean,
-        scale_ptr=scale,
-        rstd_ptr=rstd,
-        sum_g_ptr=sum_g,
-        sum_gx_ptr=sum_gx,
-        residual_grad_ptr=None if residual_grad is None else channels_last(residual_grad),
-        dx_ptr=dx,
         inv_m=1.0 / rows,
         rows=rows,
         C=channels,
         TRAINING=training,
-        HAS_RESIDUAL=residual_grad is not None,
+        HAS_RESIDUAL=has_residual,
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_c,
     )
-    return as_format_of(dx, source)

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bn_backward_apply import bn_backward
-from .common import as_format_of, bn_relu, cdiv, channels_last, empty_image, launch, relu_mask
+from .common import as_format_of, bn_backward, bn_relu, cdiv, channels_last, empty_image, launch, relu_mask
 from .configs import tile_config
 from .finalize import sum_partials
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, channels_last, device_of, launch, power_of_two, store_statistics, tile_statistics
+from .common import (
+    Device,
+    Launcher,
+    cdiv,
+    channels_last,
+    device_of,
+    power_of_two,
+    store_statistics,
+    tile_statistics,
+)
 from .configs import tile_config
 from .finalize import merge_statistics
 
@@ -108,55 +119,54 @@ def add_stats(x: Tensor, added: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _statistics(x: Tensor, added: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
     n, channels, height, width = x.shape
     rows = n * height * width
+    launcher, tiles, rows_per_tile = _launcher(rows, channels, added is not None, device_of(x))
+    partials = torch.empty((tiles, 3, channels), dtype=torch.float32, device=x.device)
+    launcher(x, added, y, partials)
+    return merge_statistics(partials, rows_per_tile, rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launcher(rows: int, channels: int, add: bool, device: Device) -> tuple[Launcher, int, int]:
     config = tile_config(channels)
     # Enough programs for four waves; each walks its rows block by block.
-    wanted = cdiv(4 * device_of(x).multiprocessors, cdiv(channels, config.block_c))
+    wanted = cdiv(4 * device.multiprocessors, cdiv(channels, config.block_c))
     rows_per_tile = cdiv(cdiv(rows, wanted), config.block_m) * config.block_m
     tiles = cdiv(rows, rows_per_tile)
-    partials = torch.empty((tiles, 3, channels), dtype=torch.float32, device=x.device)
-    launch(
+    launcher = Launcher(
         _bn_stats_kernel,
         (tiles, cdiv(channels, config.block_c)),
-        x.device,
         num_warps=config.num_warps,
         num_stages=2,
-        x_ptr=x,
-        added_ptr=added,
-        y_ptr=y,
-        partials_ptr=partials,
         rows=rows,
         C=channels,
         rows_per_tile=rows_per_tile,
-        ADD=added is not None,
+        ADD=add,
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_c,
     )
-    return merge_statistics(partials, rows_per_tile, rows)
+    return launcher, tiles, rows_per_tile
 
 
 def bn_scale_shift(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s = gamma r, t = beta - mu s and r = (v + eps)^-1/2, each float32 [C]."""
-    channels = mean.shape[0]
-    scale, shift, rstd = (torch.empty_like(var) for _ in range(3))
+    scale, shift, rstd = torch.empty_like(var), torch.empty_like(var), torch.empty_like(var)
+    launcher = _scale_shift_launcher(mean.shape[0], eps, weight is not None, bias is not None)
+    launcher(mean, var, weight, bias, scale, shift, rstd)
+    return scale, shift, rstd
+
+
+@functools.lru_cache(maxsize=4096)
+def _scale_shift_launcher(channels: int, eps: float, has_weight: bool, has_bias: bool) -> Launcher:
     block_c = power_of_two(channels, 32, 256)
-    launch(
+    return Launcher(
         _bn_scale_shift_kernel,
         (cdiv(channels, block_c),),
-        mean.device,
         num_warps=1,
-        mean_ptr=mean,
-        var_ptr=var,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        scale_ptr=scale,
-        shift_ptr=shift,
-        rstd_ptr=rstd,
         eps=eps,
         C=channels,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
+        HAS_WEIGHT=has_weight,
+        HAS_BIAS=has_bias,
         BLOCK_C=block_c,
     )
-    return scale, shift, rstd

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import launch, power_of_two
+from .common import Launcher, power_of_two
 
 
 @triton.jit
@@ -66,28 +68,27 @@ def bn_update_running(
     The new variance is the unbiased one, var count / (count - 1). ``momentum=None`` is the cumulative average: the
     weight is 1 / counter, read on the device.
     """
-    channels = mean.shape[0]
     new_mean, new_var = running_mean.contiguous(), running_var.contiguous()
-    launch(
-        _bn_update_running_kernel,
-        (1,),
-        mean.device,
-        num_warps=4,
-        mean_ptr=mean.contiguous(),
-        var_ptr=var.contiguous(),
-        running_mean_ptr=new_mean,
-        running_var_ptr=new_var,
-        counter_ptr=num_batches_tracked,
-        momentum=0.0 if momentum is None else float(momentum),
-        unbiased=count / max(count - 1, 1),
-        C=channels,
-        HAS_COUNTER=num_batches_tracked is not None,
-        CUMULATIVE=momentum is None and num_batches_tracked is not None,
-        BLOCK_C=power_of_two(channels, 32, 1024),
-    )
+    launcher = _launcher(mean.shape[0], count, momentum, num_batches_tracked is not None)
+    launcher(mean.contiguous(), var.contiguous(), new_mean, new_var, num_batches_tracked)
     for buffer, new in ((running_mean, new_mean), (running_var, new_var)):
         if new is not buffer:
             buffer.copy_(new)
     # A kernel's stores are invisible to autograd: a buffer that it saved must be seen to have changed.
     counted = [] if num_batches_tracked is None else [num_batches_tracked]
     torch.autograd.graph.increment_version([running_mean, running_var, *counted])
+
+
+@functools.lru_cache(maxsize=4096)
+def _launcher(channels: int, count: int, momentum: float | None, counted: bool) -> Launcher:
+    return Launcher(
+        _bn_update_running_kernel,
+        (1,),
+        num_warps=4,
+        momentum=0.0 if momentum is None else float(momentum),
+        unbiased=count / max(count - 1, 1),
+        C=channels,
+        HAS_COUNTER=counted,
+        CUMULATIVE=momentum is None and counted,
+        BLOCK_C=power_of_two(channels, 32, 1024),
+    )

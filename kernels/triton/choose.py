@@ -19,19 +19,20 @@ from .common import Device, device_of, dot_precision
 from .configs import ConvConfig, heuristic
 from .geometry import Geometry
 
-__all__ = ["Choice", "Problem", "asked", "choose", "chosen", "forced"]
+__all__ = ["Choice", "Problem", "applies_on_load", "asked", "choose", "chosen", "forced"]
 
 
 class Problem(NamedTuple):
     """One convolution as the chooser sees it."""
 
     op: str
-    """"fprop", "dgrad" or "wgrad"."""
+    """"fprop", "dgrad", "wgrad", or "apply": how the BN backward behind the convolution reaches the other two."""
     geometry: Geometry
     dtype: torch.dtype
     precision: str
     extras: tuple[str, ...] = ()
-    """What the call adds to the plain operation ("residual", "stats", "masked", "da"); not part of the key."""
+    """What the call adds to the plain operation: "residual", "stats", "masked", "da", and "pending", which alone is
+    part of the key."""
 
     @property
     def key(self) -> str:
@@ -40,7 +41,8 @@ class Problem(NamedTuple):
         dtype = str(self.dtype).removeprefix("torch.")
         if self.dtype == torch.float32:
             dtype += f"-{self.precision}"
-        parts = [self.op, dtype, f"{g.c}->{g.k}", f"{g.r}x{g.s}"]
+        op = f"{self.op} pending" if "pending" in self.extras else self.op
+        parts = [op, dtype, f"{g.c}->{g.k}", f"{g.r}x{g.s}"]
         for name, pair in (("stride", g.stride), ("dilation", g.dilation)):
             if pair != (1, 1):
                 parts.append(f"{name} {pair[0]}x{pair[1]}")
@@ -51,14 +53,15 @@ class Choice(NamedTuple):
     """How a problem is run."""
 
     path: str
-    """"fused" or "split"."""
+    """"fused" or "split"; of an "apply" problem "loaded" or "stored"."""
     config: ConvConfig | None
-    """None on the split path."""
+    """None for all but "fused"."""
     source: str
     """"cache", "shipped", "heuristic", "forced", or "groups" where only the split path serves."""
 
 
 _forced: Choice | None = None
+_forced_apply: Choice | None = None
 _asked: list[Problem] | None = None
 
 
@@ -67,9 +70,22 @@ def choose(op: str, geometry: Geometry, x: Tensor, *extras: str) -> Choice:
     problem = Problem(op, geometry, x.dtype, dot_precision(x), extras)
     if _asked is not None:
         _asked.append(problem)
-    if _forced is not None and geometry.groups == 1:
-        return _forced
+    forced = _forced_apply if op == "apply" else _forced
+    if forced is not None and geometry.groups == 1:
+        return forced
     return chosen(problem, device_of(x))
+
+
+def applies_on_load(geometry: Geometry, x: Tensor, weight_grad: bool) -> bool:
+    """Whether dgrad and wgrad apply the BN backward behind the convolution where they read it; else it is stored."""
+    wanted = choose("apply", geometry, x, *("weight_grad",) * weight_grad).path == "loaded"
+    if not wanted and _asked is None:
+        return False  # the tuner wants to hear of both ways
+    # A library convolution reads what is stored.
+    configs = [choose("dgrad", geometry, x, "masked", "pending").config]
+    if weight_grad:
+        configs.append(choose("wgrad", geometry, x, "pending").config)
+    return wanted and None not in configs
 
 
 @functools.lru_cache(maxsize=4096)
@@ -81,8 +97,31 @@ def chosen(problem: Problem, device: Device) -> Choice:
     if entry is not None:
         config = None if entry["config"] is None else ConvConfig(*entry["config"])
         return Choice(entry["path"], config, entry["source"])
+    if problem.op == "apply":
+        return Choice("loaded" if _loading_moves_less(problem, device) else "stored", None, "heuristic")
     config = heuristic(problem.op, problem.geometry, problem.dtype, problem.precision, device)
     return Choice("fused", config, "heuristic")
+
+
+def _loading_moves_less(problem: Problem, device: Device) -> bool:
+    """Whether applying on load moves less than storing, in tensors of dy's size.
+
+    Stored: the pass reads g and y and writes dy: three. Loaded: each of dgrad and wgrad reads y beside g. From memory
+    that is one more tensor; from L2 one more for every time that its programs read dy, once for each tap and each
+    tile of C. L2 is about twice as fast as memory, so a kernel pays the larger of 1 and reads / 2: a 1x1 site of up
+    to 256 channels in tiles of 128 pays 1 a kernel, 2 < 3; a 3x3 site 4.5 a kernel.
+    """
+    g, paid = problem.geometry, 0.0
+    for op in ("dgrad", "wgrad") if "weight_grad" in problem.extras else ("dgrad",):
+        config = chosen(problem._replace(op=op, extras=("pending",)), device).config
+        if config is None:
+            return False
+        paid += max(1.0, g.r * g.s * common.cdiv(g.c, config.block_n) / _L2_SPEED)
+    return paid < 3
+
+
+_L2_SPEED = 2
+"""Bandwidth of L2 in those of memory, the least of the chips in ``cost``: 2.0 (B200), 2.1 (H100) to 4.7 (L40S)."""
 
 
 def reload() -> None:
@@ -93,17 +132,25 @@ def reload() -> None:
 
 @contextlib.contextmanager
 def forced(path: str, config: ConvConfig | None = None) -> Iterator[None]:
-    """Every convolution without groups runs this way: how the tuner and the tests reach what would not be chosen."""
-    global _forced
-    if (path, config is None) not in (("split", True), ("fused", False)):
+    """Every convolution without groups runs this way: how the tuner and the tests reach what would not be chosen.
+
+    ``"loaded"`` and ``"stored"`` say how a BN backward reaches dgrad and wgrad, and leave their configurations alone.
+    """
+    global _forced, _forced_apply
+    if (path, config is None) not in (("split", True), ("loaded", True), ("stored", True), ("fused", False)):
         raise ValueError(
-            f"path, config: got {path!r} and {config}, allowed are 'split' and None, 'fused' and a config"
+            f"path, config: got {path!r} and {config}, allowed are 'split', 'loaded' and 'stored' with None, "
+            "'fused' with a config"
         )
-    before, _forced = _forced, Choice(path, config, "forced")
+    before = _forced, _forced_apply
+    if path in ("loaded", "stored"):
+        _forced_apply = Choice(path, None, "forced")
+    else:
+        _forced = Choice(path, config, "forced")
     try:
         yield
     finally:
-        _forced = before
+        _forced, _forced_apply = before
 
 
 @contextlib.contextmanager

@@ -31,6 +31,14 @@ def relu_mask(g, x, scale, shift):
 
 
 @triton.jit
+def bn_backward(g, x, mean, scale, rstd, sum_g, sum_gx, inv_m):
+    """A g + B (x - mu) + C of a float32 tile: A = s, B = -s r^2 (sum g (x - mu)) / m, C = -s (sum g) / m."""
+    slope = -rstd * rstd * sum_gx * inv_m
+    offset = -sum_g * inv_m
+    return scale[None, :] * (g + (x - mean[None, :]) * slope[None, :] + offset[None, :])
+
+
+@triton.jit
 def tile_statistics(y, valid, count):
     """Mean (as two floats, high + low) and M2 per column of a float32 tile [M, C], over its ``count`` valid rows.
 
@@ -127,6 +135,51 @@ def device_of(x: Tensor) -> Device:
     return _recorded_device or _device_properties(x.device)
 
 
+class Launcher:
+    """A kernel with all its arguments but the tensors: what a signature determines, put together once.
+
+    ``scalars`` are the kernel's arguments behind its tensors, by name. Called with the tensors in the kernel's order.
+    Triton would bind some forty arguments and look for the compiled kernel at each launch; here the compiled kernel
+    is kept for each device and the dtypes of the tensors. It was compiled for addresses that are multiples of 16,
+    which whole tensors have: others take Triton's own way.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int = 1, **scalars: Any
+    ) -> None:
+        self._kernel, self._names = kernel, kernel.arg_names
+        self._grid = grid + (1,) * (3 - len(grid))
+        self._values = tuple(scalars[name] for name in self._names[-len(scalars) :])
+        self._num_warps, self._num_stages = num_warps, num_stages
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        arguments = (*tensors, *self._values)
+        if _recorded is not None:
+            named = dict(zip(self._names, arguments, strict=True))
+            _recorded.append(Launch(self._kernel, self._grid, named, self._num_warps, self._num_stages))
+            return
+        first = tensors[0]
+        assert first is not None, "a kernel's first tensor is never optional"
+        addresses = 0
+        kind: list[Any] = [first.device]
+        for t in tensors:
+            if t is not None:
+                addresses |= t.data_ptr()
+                kind.append(t.dtype)
+        key = tuple(kind)
+        compiled = None if addresses % 16 else self._compiled.get(key)
+        with _current(first.device):
+            if compiled is not None:
+                compiled[self._grid](*arguments)
+                return
+            compiled = self._kernel[self._grid](
+                *arguments, num_warps=self._num_warps, num_stages=self._num_stages
+            )
+        if not addresses % 16:
+            self._compiled[key] = compiled  # None from the interpreter
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -135,7 +188,7 @@ def launch(
     num_stages: int = 1,
     **arguments: Any,
 ) -> None:
-    """Launch ``kernel`` on ``device``, which need not be the current one."""
+    """Launch ``kernel`` on ``device``, which need not be the current one; a site's by :class:`Launcher`."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
         return
@@ -154,10 +207,9 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def dot_precision(x: Tensor) -> str:
     """How tl.dot multiplies: for float32 as PyTorch's switches say of convolutions."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        return "interpreter"
     if x.dtype != torch.float32:
-        return "tf32"  # has no effect on 16-bit operands
+        # Of no effect on 16-bit operands.
+        return "interpreter" if x.dtype == torch.bfloat16 and x.device.type == "cpu" else "tf32"
     tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 and device_of(x).backend == "cuda" else "ieee"
 

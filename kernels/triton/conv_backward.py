@@ -1,7 +1,8 @@
 """The backward of a site on Triton: its kernels one after the other.
 
-The compiled CPU kernels do it in one pass over dy and x; here dgrad and wgrad are launches of their own, and the BN
-backward that makes dy is stored between them.
+The compiled CPU kernels do it in one pass over dy and x; here dgrad and wgrad are launches of their own. Where ``dy``
+is the g of the BN behind, both may apply that BN's backward on load, or it is stored once for both: :mod:`.choose`
+counts which moves less.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .bn_backward_apply import bn_backward_apply
+from .choose import applies_on_load
 from .conv_dgrad import conv_dgrad
 from .conv_wgrad import conv_wgrad
+from .geometry import Geometry
+from .pending import stored
 
 
 def conv_backward(
@@ -38,12 +42,10 @@ def conv_backward(
     """
     scale, shift, mean, rstd = bn
     conv = (stride, padding, dilation, groups)
-    if pending:
-        y, y_mean, y_scale, y_rstd, *sums = pending
-        sum_dy, sum_dy_y = sums or (y_mean, y_mean)  # not read without the statistics of the batch
-        dy = bn_backward_apply(dy, y, y_mean, y_scale, y_rstd, sum_dy, sum_dy_y, bool(sums), None)
-    dweight = conv_wgrad(dy, x, scale, shift, weight, *conv) if weight_grad else weight.new_empty(0)
-    grad, sum_g, sum_gx = conv_dgrad(dy, weight, x, scale, shift, mean, da, *conv)
+    if pending and not applies_on_load(Geometry.of(x, weight, *conv), x, weight_grad):
+        dy, pending = stored(dy, pending), ()
+    dweight = conv_wgrad(dy, x, scale, shift, weight, *conv, pending) if weight_grad else weight.new_empty(0)
+    grad, sum_g, sum_gx = conv_dgrad(dy, weight, x, scale, shift, mean, da, *conv, pending)
     if apply:
         grad = bn_backward_apply(grad, x, mean, scale, rstd, sum_g, sum_gx, training, residual_grad)
     return grad, sum_g, sum_gx, dweight

@@ -7,6 +7,7 @@ so only those are multiplied and never the zeros of an upsampled gradient.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -17,10 +18,20 @@ from torch import Tensor
 
 from . import split
 from .choose import choose
-from .common import as_format_of, cdiv, channels_last, dot, dot_precision, empty_image, launch, relu_mask
-from .configs import flat_taps
+from .common import (
+    Launcher,
+    as_format_of,
+    cdiv,
+    channels_last,
+    dot,
+    dot_precision,
+    empty_image,
+    relu_mask,
+)
+from .configs import ConvConfig, flat_taps
 from .finalize import sum_partials
 from .geometry import Geometry
+from .pending import apply_pending, load_bn_backward, pending_arguments, pending_kind, stored
 
 
 @triton.jit
@@ -41,16 +52,46 @@ def _first_tap(
 
 
 @triton.jit
-def _step(acc, dy_row, w_block, k, inside, in_k, in_c, PRECISION: tl.constexpr):
-    """acc plus one tap of one block of output channels ``k``."""
-    dy = tl.load(dy_row + k[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
+def _step(
+    acc,
+    dy_ptr,
+    y_ptr,
+    row,
+    w_block,
+    k,
+    y_mean_ptr,
+    y_scale_ptr,
+    y_rstd_ptr,
+    sum_dy_ptr,
+    sum_dyy_ptr,
+    inv_m,
+    inside,
+    in_k,
+    in_c,
+    PENDING: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc plus one tap of one block of output channels ``k``, the BN behind them applied on the way."""
+    mask = inside[:, None] & in_k[None, :]
+    dy = tl.load(dy_ptr + row + k[None, :], mask=mask, other=0.0)
     weight = tl.load(w_block, mask=in_k[:, None] & in_c[None, :], other=0.0)
+    if PENDING != "none":
+        vectors = load_bn_backward(
+            y_mean_ptr, y_scale_ptr, y_rstd_ptr, sum_dy_ptr, sum_dyy_ptr, k, in_k, PENDING
+        )
+        dy = apply_pending(dy, y_ptr, row + k[None, :], mask, vectors, inv_m, PENDING)
     return dot(dy, weight, acc, PRECISION)
 
 
 @triton.jit
 def _conv_dgrad_kernel(
-    dy_ptr,  # [N, OH, OW, K]
+    dy_ptr,  # [N, OH, OW, K]; unless PENDING is "none" the g of the BN behind
+    y_ptr,  # like dy: the input of that BN, of [K] vectors
+    y_mean_ptr,
+    y_scale_ptr,
+    y_rstd_ptr,
+    sum_dy_ptr,
+    sum_dyy_ptr,
     w_ptr,  # [K, R, S, C]
     x_ptr,  # [N, H, W, C]
     scale_ptr,
@@ -59,6 +100,7 @@ def _conv_dgrad_kernel(
     da_ptr,  # like x
     g_ptr,  # like x
     partials_ptr,  # [phases * tiles, 2, C]: sum g, sum g (x - mu)
+    inv_m,  # 1 / (N * OH * OW)
     rows,  # pixels of a phase, N * PH * PW
     H,
     W,
@@ -79,6 +121,7 @@ def _conv_dgrad_kernel(
     STEP_R: tl.constexpr,
     STEP_S: tl.constexpr,
     POINTWISE: tl.constexpr,
+    PENDING: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_DA: tl.constexpr,
     FLAT: tl.constexpr,
@@ -122,26 +165,32 @@ def _conv_dgrad_kernel(
             oh = h + PAD_H - tap // S * DILATION_H
             ow = w + PAD_W - tap % S * DILATION_W
             inside = valid & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
-            dy_row = dy_ptr + ((n * OH + oh).to(tl.int64) * OW + ow)[:, None] * K
-            acc = _step(acc, dy_row, w_k + tap * C, k, inside, in_k, in_c, PRECISION)
+            row = ((n * OH + oh).to(tl.int64) * OW + ow)[:, None] * K
+            acc = _step(
+                acc, dy_ptr, y_ptr, row, w_k + tap * C, k, y_mean_ptr, y_scale_ptr, y_rstd_ptr, sum_dy_ptr,
+                sum_dyy_ptr, inv_m, inside, in_k, in_c, PENDING, PRECISION,
+            )  # fmt: skip
     else:
         for r in range(r0, R, STEP_R):
             for s in range(s0, S, STEP_S):
                 if POINTWISE:
                     inside = valid
-                    dy_row = dy_ptr + pixel[:, None] * K
+                    row = pixel[:, None] * K
                 else:
                     # Exact divisions: the phase's taps are those that hit an output pixel.
                     oh = (h + PAD_H - r * DILATION_H) // STRIDE_H
                     ow = (w + PAD_W - s * DILATION_W) // STRIDE_W
                     inside = valid & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
-                    dy_row = dy_ptr + ((n * OH + oh).to(tl.int64) * OW + ow)[:, None] * K
+                    row = ((n * OH + oh).to(tl.int64) * OW + ow)[:, None] * K
                 w_tap = w_ptr + (r * S + s) * C + c[None, :]
                 for k0 in range(0, K, BLOCK_K):
                     k = k0 + tl.arange(0, BLOCK_K)
                     in_k = (k < K) | EVEN_K
                     w_block = w_tap + k[:, None] * (R * S * C)
-                    acc = _step(acc, dy_row, w_block, k, inside, in_k, in_c, PRECISION)
+                    acc = _step(
+                        acc, dy_ptr, y_ptr, row, w_block, k, y_mean_ptr, y_scale_ptr, y_rstd_ptr, sum_dy_ptr,
+                        sum_dyy_ptr, inv_m, inside, in_k, in_c, PENDING, PRECISION,
+                    )  # fmt: skip
 
     offset = pixel[:, None] * C + c[None, :]
     mask = valid[:, None] & in_c[None, :]
@@ -176,62 +225,66 @@ def conv_dgrad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    pending: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g = (dgrad(dy, W) + da) [z > 0], sum g and sum g (x - mu): like ``x``, float32 [C], [C].
 
     ``dy`` [N,K,OH,OW] with any strides, ``weight`` [K,C/groups,R,S], ``x`` and ``da`` [N,C,H,W]. With
-    ``scale=None`` nothing is masked or summed. Groups take the split path.
+    ``scale=None`` nothing is masked or summed. Groups take the split path. With ``pending``, as
+    :func:`.conv_backward.conv_backward` takes it, the BN backward that makes dy is applied on load.
     """
     geometry = Geometry.of(x, weight, stride, padding, dilation, groups)
     masked = scale is not None
-    extras = ("masked",) * masked + ("da",) * (da is not None)
+    extras = ("masked",) * masked + ("da",) * (da is not None) + ("pending",) * bool(pending)
     choice = choose("dgrad", geometry, x, *extras)
     if choice.config is None:
-        return split.conv_dgrad(dy, weight, x, scale, shift, mean, da, geometry)
-    config = choice.config
+        return split.conv_dgrad(stored(dy, pending), weight, x, scale, shift, mean, da, geometry)
+    launcher, tiles = _launcher(
+        geometry, choice.config, masked, da is not None, len(pending), dot_precision(x)
+    )
     source = x
     dy, weight, x = channels_last(dy), channels_last(weight), channels_last(x)
-    n, channels, height, width = x.shape
-    phase_h, phase_w = cdiv(height, stride[0]), cdiv(width, stride[1])
-    rows = n * phase_h * phase_w
-    phases = stride[0] * stride[1]
-    g = empty_image(x, channels, height, width)
+    channels = geometry.c
+    g = empty_image(x, channels, geometry.h, geometry.w)
+    partials = torch.empty((tiles, 2 * channels), dtype=torch.float32, device=x.device) if masked else None
+    da = None if da is None else channels_last(da)
+    launcher(dy, *pending_arguments(pending), weight, x, scale, shift, mean, da, g, partials)
+    sum_g, sum_gx = (torch.empty(channels * masked, dtype=torch.float32, device=x.device) for _ in range(2))
+    if partials is not None:
+        sum_partials(partials, sum_g, sum_gx)
+    return as_format_of(g, source), sum_g, sum_gx
+
+
+@functools.lru_cache(maxsize=4096)
+def _launcher(
+    geometry: Geometry, config: ConvConfig, masked: bool, has_da: bool, pending: int, precision: str
+) -> tuple[Launcher, int]:
+    """The launch for a signature, and how many tiles of rows leave partial sums; ``pending`` as in Python's len."""
+    phase_h, phase_w = cdiv(geometry.h, geometry.stride[0]), cdiv(geometry.w, geometry.stride[1])
+    rows = geometry.n * phase_h * phase_w
+    phases = geometry.stride[0] * geometry.stride[1]
     tiles = cdiv(rows, config.block_m)
-    partials = (
-        torch.empty((phases * tiles, 2 * channels), dtype=torch.float32, device=x.device) if masked else None
-    )
-    launch(
+    launcher = Launcher(
         _conv_dgrad_kernel,
-        (tiles * cdiv(channels, config.block_n), phases),
-        x.device,
+        (tiles * cdiv(geometry.c, config.block_n), phases),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        dy_ptr=dy,
-        w_ptr=weight,
-        x_ptr=x,
-        scale_ptr=scale,
-        shift_ptr=shift,
-        mean_ptr=mean,
-        da_ptr=None if da is None else channels_last(da),
-        g_ptr=g,
-        partials_ptr=partials,
+        inv_m=1.0 / geometry.rows,
         rows=rows,
         **geometry.arguments(),
         PH=phase_h,
         PW=phase_w,
         # Taps of one phase are this far apart.
-        STEP_R=stride[0] // math.gcd(stride[0], dilation[0]),
-        STEP_S=stride[1] // math.gcd(stride[1], dilation[1]),
+        STEP_R=geometry.stride[0] // math.gcd(geometry.stride[0], geometry.dilation[0]),
+        STEP_S=geometry.stride[1] // math.gcd(geometry.stride[1], geometry.dilation[1]),
+        PENDING=pending_kind(pending),
         MASKED=masked,
-        HAS_DA=da is not None,
+        HAS_DA=has_da,
         FLAT=flat_taps(geometry, geometry.k, config),
         EVEN_K=geometry.k % config.block_k == 0,
-        PRECISION=dot_precision(x),
+        PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
     )
-    sum_g, sum_gx = (torch.empty(channels * masked, dtype=torch.float32, device=x.device) for _ in range(2))
-    if partials is not None:
-        sum_partials(partials, sum_g, sum_gx)
-    return as_format_of(g, source), sum_g, sum_gx
+    return launcher, phases * tiles

@@ -7,6 +7,7 @@ registers and fed to the tensor cores; the activated tensor never exists in memo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from . import split
 from .choose import choose
 from .common import (
+    Launcher,
     as_format_of,
     bn_relu,
     cdiv,
@@ -24,11 +26,10 @@ from .common import (
     dot,
     dot_precision,
     empty_image,
-    launch,
     store_statistics,
     tile_statistics,
 )
-from .configs import flat_taps
+from .configs import ConvConfig, flat_taps
 from .finalize import merge_statistics
 from .geometry import Geometry
 
@@ -193,41 +194,58 @@ def conv_fprop(
     choice = choose("fprop", geometry, x, *extras)
     if choice.config is None:
         return split.conv_fprop(x, scale, shift, weight, bias, residual, geometry, stats, relu)
-    config = choice.config
+    launcher, tiles = _launcher(
+        geometry,
+        choice.config,
+        scale is not None,
+        bias is not None,
+        relu,
+        residual is not None,
+        stats,
+        dot_precision(x),
+    )
     source, x, weight = x, channels_last(x), channels_last(weight)
     y = empty_image(x, geometry.k, geometry.oh, geometry.ow)
-    tiles = cdiv(geometry.rows, config.block_m)
     partials = torch.empty((tiles, 3, geometry.k), dtype=torch.float32, device=x.device) if stats else None
-    launch(
-        _conv_fprop_kernel,
-        (tiles * cdiv(geometry.k, config.block_n),),
-        x.device,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        x_ptr=x,
-        scale_ptr=scale,
-        shift_ptr=shift,
-        w_ptr=weight,
-        bias_ptr=bias,
-        residual_ptr=None if residual is None else channels_last(residual),
-        y_ptr=y,
-        partials_ptr=partials,
-        rows=geometry.rows,
-        **geometry.arguments(),
-        PROLOGUE=scale is not None,
-        HAS_BIAS=bias is not None,
-        RELU=relu,
-        HAS_RESIDUAL=residual is not None,
-        STATS=stats,
-        FLAT=flat_taps(geometry, geometry.c, config),
-        EVEN_C=geometry.c % config.block_k == 0,
-        PRECISION=dot_precision(x),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-    )
+    residual = None if residual is None else channels_last(residual)
+    launcher(x, scale, shift, weight, bias, residual, y, partials)
     y = as_format_of(y, source)
     if partials is None:
         empty = torch.empty(0, dtype=torch.float32, device=x.device)
         return y, empty, empty.clone()
-    return y, *merge_statistics(partials, config.block_m, geometry.rows)
+    return y, *merge_statistics(partials, choice.config.block_m, geometry.rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launcher(
+    geometry: Geometry,
+    config: ConvConfig,
+    prologue: bool,
+    has_bias: bool,
+    relu: bool,
+    has_residual: bool,
+    stats: bool,
+    precision: str,
+) -> tuple[Launcher, int]:
+    """The launch for a signature, and how many tiles of rows leave partial statistics."""
+    tiles = cdiv(geometry.rows, config.block_m)
+    launcher = Launcher(
+        _conv_fprop_kernel,
+        (tiles * cdiv(geometry.k, config.block_n),),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        rows=geometry.rows,
+        **geometry.arguments(),
+        PROLOGUE=prologue,
+        HAS_BIAS=has_bias,
+        RELU=relu,
+        HAS_RESIDUAL=has_residual,
+        STATS=stats,
+        FLAT=flat_taps(geometry, geometry.c, config),
+        EVEN_C=geometry.c % config.block_k == 0,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+    return launcher, tiles

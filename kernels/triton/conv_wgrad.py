@@ -6,6 +6,7 @@ into parts (split over m) with float32 partials; :func:`finalize.sum_partials` a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,19 +16,27 @@ from torch import Tensor
 
 from . import split
 from .choose import choose
-from .common import bn_relu, cdiv, channels_last, device_of, dot, dot_precision, launch
-from .configs import wgrad_splits
+from .common import Device, Launcher, bn_relu, cdiv, channels_last, device_of, dot, dot_precision
+from .configs import ConvConfig, wgrad_splits
 from .finalize import sum_partials
 from .geometry import Geometry
+from .pending import apply_pending, load_bn_backward, pending_arguments, pending_kind, stored
 
 
 @triton.jit
 def _conv_wgrad_kernel(
-    dy_ptr,  # [N, OH, OW, K]
+    dy_ptr,  # [N, OH, OW, K]; unless PENDING is "none" the g of the BN behind
+    y_ptr,  # like dy: the input of that BN, of [K] vectors
+    y_mean_ptr,
+    y_scale_ptr,
+    y_rstd_ptr,
+    sum_dy_ptr,
+    sum_dyy_ptr,
     x_ptr,  # [N, H, W, C]
     scale_ptr,
     shift_ptr,
     partials_ptr,  # [splits, K, R, S, C]
+    inv_m,  # 1 / rows
     rows,  # N * OH * OW
     rows_per_split,
     H,
@@ -45,6 +54,7 @@ def _conv_wgrad_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     POINTWISE: tl.constexpr,
+    PENDING: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,6 +69,10 @@ def _conv_wgrad_kernel(
     in_k, in_c = k < K, c < C
     scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
     shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
+    if PENDING != "none":
+        vectors = load_bn_backward(
+            y_mean_ptr, y_scale_ptr, y_rstd_ptr, sum_dy_ptr, sum_dyy_ptr, k, in_k, PENDING
+        )
     start = tl.program_id(1) * rows_per_split
     end = tl.minimum(start + rows_per_split, rows)
 
@@ -74,10 +88,12 @@ def _conv_wgrad_kernel(
             iw = m % OW * STRIDE_W - PAD_W + tap % S * DILATION_W
             inside = valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
             row = ((m // (OH * OW) * H + ih).to(tl.int64) * W + iw) * C
-        dy = tl.load(
-            dy_ptr + m.to(tl.int64)[:, None] * K + k[None, :], mask=valid[:, None] & in_k[None, :], other=0.0
-        )
+        offset = m.to(tl.int64)[:, None] * K + k[None, :]
+        mask = valid[:, None] & in_k[None, :]
+        dy = tl.load(dy_ptr + offset, mask=mask, other=0.0)
         x = tl.load(x_ptr + row[:, None] + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
+        if PENDING != "none":
+            dy = apply_pending(dy, y_ptr, offset, mask, vectors, inv_m, PENDING)
         a = bn_relu(x.to(tl.float32), scale, shift)
         # Pixels of the padding and of the tail are 0, not relu(shift).
         a = tl.where(inside[:, None], a, 0.0).to(dy.dtype)
@@ -98,42 +114,22 @@ def conv_wgrad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    pending: Sequence[Tensor] = (),
 ) -> Tensor:
     """dW [K,C,R,S] with the dtype and strides of ``weight``; ``dy`` [N,K,OH,OW], ``x`` [N,C,H,W].
 
     Two runs give the same bits on the fused path; on the split path, which groups take, where the library's does.
+    With ``pending``, as :func:`.conv_backward.conv_backward` takes it, the BN backward that makes dy is applied on
+    load.
     """
     geometry = Geometry.of(x, weight, stride, padding, dilation, groups)
-    choice = choose("wgrad", geometry, x)
+    choice = choose("wgrad", geometry, x, *("pending",) * bool(pending))
     if choice.config is None:
-        return split.conv_wgrad(dy, x, scale, shift, weight, geometry)
-    config = choice.config
+        return split.conv_wgrad(stored(dy, pending), x, scale, shift, weight, geometry)
+    launcher, splits = _launcher(geometry, choice.config, len(pending), dot_precision(x), device_of(x))
     dy, x = channels_last(dy), channels_last(x)
-    rows, taps = geometry.rows, geometry.r * geometry.s
-    tiles = cdiv(geometry.k, config.block_m) * cdiv(geometry.c, config.block_n) * taps
-    splits = config.splits or wgrad_splits(tiles, rows, config.block_k, device_of(x))
-    rows_per_split = cdiv(cdiv(rows, splits), config.block_k) * config.block_k
-    splits = cdiv(rows, rows_per_split)
     partials = torch.empty((splits, weight.numel()), dtype=torch.float32, device=x.device)
-    launch(
-        _conv_wgrad_kernel,
-        (tiles, splits),
-        x.device,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        dy_ptr=dy,
-        x_ptr=x,
-        scale_ptr=scale,
-        shift_ptr=shift,
-        partials_ptr=partials,
-        rows=rows,
-        rows_per_split=rows_per_split,
-        **geometry.arguments(),
-        PRECISION=dot_precision(x),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-    )
+    launcher(dy, *pending_arguments(pending), x, scale, shift, partials)
     if weight.is_contiguous(memory_format=torch.channels_last):
         # With the strides too: those of a 1x1 are ambiguous, and DDP's buckets compare them.
         dweight = torch.empty_like(weight)
@@ -144,3 +140,31 @@ def conv_wgrad(
     )
     sum_partials(partials, ordered)
     return torch.empty_like(weight).copy_(ordered)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launcher(
+    geometry: Geometry, config: ConvConfig, pending: int, precision: str, device: Device
+) -> tuple[Launcher, int]:
+    """The launch for a signature, and into how many parts it cuts the pixels."""
+    rows, taps = geometry.rows, geometry.r * geometry.s
+    tiles = cdiv(geometry.k, config.block_m) * cdiv(geometry.c, config.block_n) * taps
+    splits = config.splits or wgrad_splits(tiles, rows, config.block_k, device)
+    rows_per_split = cdiv(cdiv(rows, splits), config.block_k) * config.block_k
+    splits = cdiv(rows, rows_per_split)
+    launcher = Launcher(
+        _conv_wgrad_kernel,
+        (tiles, splits),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        inv_m=1.0 / rows,
+        rows=rows,
+        rows_per_split=rows_per_split,
+        **geometry.arguments(),
+        PENDING=pending_kind(pending),
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+    return launcher, splits

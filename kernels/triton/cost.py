@@ -106,19 +106,27 @@ def chip_of(device: Device) -> Chip:
     return _CUDA[max((a for a in _CUDA if a <= device.arch), default=80)]
 
 
-def _shared(config: ConvConfig, item: int) -> int:
-    """Bytes of shared memory: the two operands' tiles in every stage."""
-    return config.num_stages * (config.block_m + config.block_n) * config.block_k * item
+def _shared(problem: Problem, config: ConvConfig) -> int:
+    """Bytes of shared memory: the operands' tiles in every stage."""
+    return config.num_stages * _loaded(problem, config)
+
+
+def _loaded(problem: Problem, config: ConvConfig) -> int:
+    """Bytes that a step of the reduction loads: two tiles, and where a BN backward is pending a tile of y."""
+    tiles = config.block_m * (1 + ("pending" in problem.extras)) + config.block_n
+    return tiles * config.block_k * problem.dtype.itemsize
 
 
 def _registers(problem: Problem, config: ConvConfig) -> float:
     """Registers a thread, by a rule read from kernels compiled for sm_90; more than there are where they spill.
 
     Accumulators; in fprop and wgrad the operand that is activated in registers, in float32; in dgrad a second tile
-    beside the accumulators, the x of the mask.
+    beside the accumulators, the x of the mask. With a pending BN backward dy is made in registers too.
     """
     threads = 32 * config.num_warps
     accumulators = config.block_m * config.block_n / threads
+    if "pending" in problem.extras:
+        return 60 + 1.5 * accumulators + 1.75 * config.block_m * config.block_k / threads
     if problem.op == "dgrad":
         return 60 + 2.0 * accumulators
     if problem.op == "wgrad":
@@ -131,7 +139,7 @@ def fits(problem: Problem, config: ConvConfig, device: Device, resources: Resour
     if resources is not None:
         return resources.shared <= chip_of(device).shared - 1024 and not resources.spills
     # The estimate is rough: a little past the 255 registers of a thread may still compile without spills.
-    shared = _shared(config, problem.dtype.itemsize)
+    shared = _shared(problem, config)
     return shared <= chip_of(device).shared - 1024 and _registers(problem, config) <= 270
 
 
@@ -139,6 +147,8 @@ def _count(problem: Problem, config: ConvConfig, device: Device) -> _Work:
     g, item = problem.geometry, problem.dtype.itemsize
     x, y, w = g.n * g.h * g.w * g.c * item, g.rows * g.k * item, g.k * g.c * g.r * g.s * item
     tile = config.block_m * config.block_n
+    pending = "pending" in problem.extras
+    applied = config.block_m * config.block_k * pending
     if problem.op == "wgrad":
         tiles = cdiv(g.k, config.block_m) * cdiv(g.c, config.block_n) * g.r * g.s
         splits = config.splits or wgrad_splits(tiles, g.rows, config.block_k, device)
@@ -149,9 +159,9 @@ def _count(problem: Problem, config: ConvConfig, device: Device) -> _Work:
             tiles * splits,
             steps,
             steps > 1,
-            touched + y + partials,
+            touched + y * (1 + pending) + partials,
             4.0 * tile,
-            config.block_n * config.block_k,
+            config.block_n * config.block_k + applied,
         )
     if problem.op == "fprop":
         rows, columns, depth, phases = g.rows, g.k, g.c, 1
@@ -161,14 +171,14 @@ def _count(problem: Problem, config: ConvConfig, device: Device) -> _Work:
         phases = g.stride[0] * g.stride[1]
         rows, columns, depth = g.n * g.h * g.w, g.c, g.k
         extra = x * (("masked" in problem.extras) + ("da" in problem.extras))
-        activated = 0
+        activated = applied
     blocks = cdiv(depth, config.block_k)
     # A phase of a strided dgrad meets its share of the taps.
     steps = max(1, round(g.r * g.s / phases)) * blocks
     programs = cdiv(rows, config.block_m) * cdiv(columns, config.block_n)
     epilogue = (1 + extra / max(x if problem.op == "dgrad" else y, 1)) * tile * item
     pipelined = blocks > 1 or flat_taps(g, depth, config)
-    return _Work(programs, steps, pipelined, x + y + w + extra, epilogue, activated)
+    return _Work(programs, steps, pipelined, x + y * (1 + pending) + w + extra, epilogue, activated)
 
 
 def predict(
@@ -178,7 +188,7 @@ def predict(
     chip, item = chip_of(device), problem.dtype.itemsize
     work = _count(problem, config, device)
     scale = device.multiprocessors / chip.multiprocessors  # a cut-down chip has less of everything
-    shared = _shared(config, item) if resources is None else resources.shared
+    shared = _shared(problem, config) if resources is None else resources.shared
     registers = min(
         255, int(_registers(problem, config)) if resources is None else max(resources.registers, 16)
     )
@@ -195,7 +205,7 @@ def predict(
     waves = work.programs / slots
     ragged = math.ceil(waves) / waves
 
-    step_bytes = (config.block_m + config.block_n) * config.block_k * item
+    step_bytes = _loaded(problem, config)
     ahead = max(1, config.num_stages - 1) if work.pipelined else 1
     busy = min(resident, math.ceil(work.programs / device.multiprocessors))
     in_flight = busy * ahead * step_bytes * device.multiprocessors

@@ -5,12 +5,14 @@ No atomics anywhere: the order of every sum is that of the tiles, so two runs gi
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, launch, power_of_two, store_statistics
+from .common import Launcher, cdiv, power_of_two, store_statistics
 
 # Partials merged by one program; the tree has one level up to 256 tiles and two up to 65,536.
 _FAN_IN = 256
@@ -87,58 +89,63 @@ def _sum_partials_kernel(
 def merge_statistics(partials: Tensor, rows_per_tile: int, rows: int) -> tuple[Tensor, Tensor]:
     """Per-tile (mean high, mean low, M2) [tiles, 3, C] over ``rows_per_tile`` rows each -> mean, biased variance."""
     tiles, _, channels = partials.shape
-    block_c = power_of_two(channels, 1, 16)
     while True:
-        groups = cdiv(tiles, _FAN_IN)
+        launcher, groups = _merge_launcher(tiles, rows_per_tile, rows, channels)
         last = groups == 1
         mean = torch.empty(
             channels if last else (groups, 3, channels), dtype=torch.float32, device=partials.device
         )
         var = torch.empty_like(mean) if last else None
-        launch(
-            _merge_statistics_kernel,
-            (groups, cdiv(channels, block_c)),
-            partials.device,
-            num_warps=8,
-            partials_ptr=partials,
-            mean_ptr=mean,
-            var_ptr=var,
-            tiles=tiles,
-            rows_per_tile=rows_per_tile,
-            rows=rows,
-            C=channels,
-            FAN_IN=_FAN_IN,
-            LAST=last,
-            BLOCK_C=block_c,
-        )
+        launcher(partials, mean, var)
         if var is not None:
             return mean, var
         partials, tiles, rows_per_tile = mean, groups, rows_per_tile * _FAN_IN
 
 
+@functools.lru_cache(maxsize=4096)
+def _merge_launcher(tiles: int, rows_per_tile: int, rows: int, channels: int) -> tuple[Launcher, int]:
+    groups, block_c = cdiv(tiles, _FAN_IN), power_of_two(channels, 1, 16)
+    launcher = Launcher(
+        _merge_statistics_kernel,
+        (groups, cdiv(channels, block_c)),
+        num_warps=8,
+        tiles=tiles,
+        rows_per_tile=rows_per_tile,
+        rows=rows,
+        C=channels,
+        FAN_IN=_FAN_IN,
+        LAST=groups == 1,
+        BLOCK_C=block_c,
+    )
+    return launcher, groups
+
+
 def sum_partials(partials: Tensor, out: Tensor, tail: Tensor | None = None) -> None:
     """Sum float32 partials [tiles, L] over the tiles into ``out`` (and ``tail``, where the L are two vectors)."""
     tiles, length = partials.shape
-    block_l = power_of_two(length, 16, 128)
     while True:
         groups = cdiv(tiles, _FAN_IN)
         last = groups == 1
         level = out if last else torch.empty((groups, length), dtype=torch.float32, device=partials.device)
-        launch(
-            _sum_partials_kernel,
-            (cdiv(length, block_l), groups),
-            partials.device,
-            num_warps=4,
-            partials_ptr=partials,
-            out_ptr=level,
-            tail_ptr=tail if last and tail is not None else level,
-            tiles=tiles,
-            L=length,
-            HALF=level.numel(),
-            FAN_IN=_FAN_IN,
-            BLOCK_T=32,
-            BLOCK_L=block_l,
+        _sum_launcher(tiles, length, level.numel())(
+            partials, level, tail if last and tail is not None else level
         )
         if last:
             return
         partials, tiles = level, groups
+
+
+@functools.lru_cache(maxsize=4096)
+def _sum_launcher(tiles: int, length: int, half: int) -> Launcher:
+    block_l = power_of_two(length, 16, 128)
+    return Launcher(
+        _sum_partials_kernel,
+        (cdiv(length, block_l), cdiv(tiles, _FAN_IN)),
+        num_warps=4,
+        tiles=tiles,
+        L=length,
+        HALF=half,
+        FAN_IN=_FAN_IN,
+        BLOCK_T=32,
+        BLOCK_L=block_l,
+    )

@@ -79,7 +79,7 @@ def read(path: Path, device: str) -> Entries:
 
 def _check(entry: Mapping[str, Any]) -> None:
     config = entry["config"]
-    if entry["path"] == "split" and config is None:
+    if entry["path"] in ("split", "loaded", "stored") and config is None:
         return
     numbers = len(config) == 6 and all(isinstance(v, int) and v >= 0 for v in config)
     if entry["path"] != "fused" or not numbers:
