@@ -220,7 +220,7 @@ def measure_case(case: Case, setting: Setting, model: str, top: Ceilings, second
                 row.status = wrong[name]
                 rows.append(row)
                 break
-            fill(row, measured.samples, phase, BASE)
+            fill(row, measured, phase, BASE)
             kernels = [k for k in case.kernels(schedule) if phase in ("both", k.phase)]
             row.floor_ms = results.number(top.ms(kernels))
             row.bytes = results.number(sum(k.bytes for k in kernels))
@@ -229,15 +229,18 @@ def measure_case(case: Case, setting: Setting, model: str, top: Ceilings, second
     return rows
 
 
-def fill(row: Row, samples: dict[str, measure.Samples], phase: str, base: str) -> None:
+def fill(row: Row, measured: measure.Measured, phase: str, base: str) -> None:
     """Write a candidate's times and its speed-up over the base into a row."""
+    samples = measured.samples
     times = samples[row.candidate].phase(phase)
+    row.note = measured.notes.get(row.candidate, "")
+    row.others = "" if measured.others is None else f"{measured.others:.2f}"
     middle = measure.spread(times)
     row.rounds = str(len(times))
     row.p20, row.p50, row.p80 = (results.number(v) for v in middle)
     row.samples = " ".join(f"{t:.4g}" for t in times)
-    # A base without this phase (inference has no backward) gives no ratio.
-    if base in samples and len(samples[base].phase(phase)) == len(times):
+    # A base without this phase (inference has no backward), or with fewer rounds, gives no ratio.
+    if base in samples and len(samples[base].phase(phase)) >= len(times):
         row.base = base
         faster = measure.speedup(samples[base].phase(phase), times)
         row.speedup_p20, row.speedup_p50, row.speedup_p80 = (results.number(v) for v in faster)

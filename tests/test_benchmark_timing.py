@@ -1,0 +1,128 @@
+"""How the benchmark suite times: percentiles, rounds, the load of others, the allocator's setting."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is part of the checkout, not of the package
+
+from benchmarks import allocator, measure, micro
+from benchmarks.results import Row
+
+
+def test_percentiles_and_paired_ratios() -> None:
+    assert measure.spread([5, 1, 2, 3, 4]) == pytest.approx((1.8, 3, 4.2))
+    # Both sides slow down by ten in the last round: the ratio does not see it.
+    assert measure.speedup([2, 2, 20], [1, 1, 10]) == (2, 2, 2)
+    with pytest.raises(ValueError, match="got none"):
+        measure.spread([])
+
+
+def test_failing_candidate_is_left_out() -> None:
+    def fail(i: int) -> None:
+        raise RuntimeError("no kernel for this")
+
+    candidates = [measure.Candidate("good", lambda i: i), measure.Candidate("bad", fail)]
+    measured = measure.interleave(candidates, torch.device("cpu"), 0, min_rounds=3)
+    assert measured.errors == {"bad": "RuntimeError: no kernel for this"}
+    assert len(measured.samples["good"].forward) == 3
+
+
+def test_a_slow_candidate_stops_and_says_so() -> None:
+    """Its ratio is that of the rounds it ran in, beside the base's same rounds."""
+    candidates = [
+        measure.Candidate("base", lambda i: None),
+        measure.Candidate("slow", lambda i: time.sleep(0.02)),
+    ]
+    measured = measure.interleave(candidates, torch.device("cpu"), 0, min_rounds=4, slow_s=0.01)
+    assert [len(measured.samples[n].forward) for n in ("base", "slow")] == [4, measure.SLOW_ROUNDS]
+    row = Row(candidate="slow")
+    micro.fill(row, measured, "forward", "base")
+    assert row.note == "stopped: over 0.01 s a call, 2 rounds"
+    assert float(row.speedup_p50) < 1
+    assert measure.speedup([1, 3, 100], [1, 1]) == measure.spread([1, 3]), "the third round has no pair"
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not tell")
+def test_own_work_is_no_load_of_others() -> None:
+    """A thread of this process is busy, then another process is: only that one counts."""
+
+    def busy(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pass
+
+    def cores(work: Any) -> float:
+        others = measure.Others()
+        work()
+        found = others.cores()
+        assert found is not None
+        return found
+
+    spin = [sys.executable, "-c", "while True: pass"]
+
+    def neighbour() -> None:
+        process = subprocess.Popen(spin)
+        time.sleep(0.8)
+        assert process.poll() is None
+        others_busy.append(True)
+        process.kill()
+
+    others_busy: list[bool] = []
+    idle, own, other = cores(lambda: time.sleep(0.4)), cores(lambda: busy(0.4)), cores(neighbour)
+    assert others_busy
+    # Whatever else runs here runs in all three.
+    assert other > min(idle, own) + 0.3
+
+
+# --- the allocator's setting ------------------------------------------------------------------------------
+
+
+def test_allocator_setting_is_applied_once_and_respects_the_user() -> None:
+    environment: dict[str, str] = {"GLIBC_TUNABLES": "glibc.cpu.x86_shstk=on"}
+    linux = platform.libc_ver()[0] == "glibc"
+    assert allocator.prepare(["op"], environment) == linux
+    if linux:
+        assert environment["GLIBC_TUNABLES"] == f"glibc.cpu.x86_shstk=on:{allocator.TUNABLES}"
+    assert not allocator.prepare(["op"], environment), "the second process does not start a third"
+    for own in (
+        {"MALLOC_ARENA_MAX": "1"},
+        {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=2"},
+        {"LD_PRELOAD": "jemalloc.so"},
+    ):
+        kept = dict(own)
+        assert not allocator.prepare(["op"], kept)
+        assert kept == own
+    for arguments in (["op", "--allocator", "default"], ["op", "--allocator=default"]):
+        assert not allocator.prepare(arguments, {})
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_stays_with_the_process() -> None:
+    """The setting does what the pages say: 64 MB used again and again are not mapped again and again."""
+    script = "import ctypes, resource\nlibc = ctypes.CDLL(None)\nlibc.malloc.restype = ctypes.c_void_p\n"
+    script += "def use():\n    p = libc.malloc(1 << 26)\n    ctypes.memset(p, 1, 1 << 26)\n"
+    script += "    libc.free(ctypes.c_void_p(p))\n"
+    script += (
+        "use(); a = resource.getrusage(0).ru_minflt\nuse(); use(); print(resource.getrusage(0).ru_minflt - a)"
+    )
+
+    def faults(environment: dict[str, str]) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    plain = {"PATH": os.environ["PATH"]}
+    assert faults(plain) > 1000
+    assert allocator.prepare(["op"], plain)
+    assert faults(plain) < 100
