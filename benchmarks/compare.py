@@ -95,7 +95,9 @@ def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
         if a is not None and b is not None:
             beside, change, noise = _verdict(a, b)
             verdict = verdict if verdict == beside else "same"
-        found.append(Change(key, verdict, change, noise))
+        served = old[-1].backend, new[-1].backend
+        reason = "" if served[0] == served[1] else f"served by {served[0]}, then by {served[1]}"
+        found.append(Change(key, verdict, change, noise, reason))
     return found
 
 

@@ -178,6 +178,8 @@ def test_noise_is_no_regression() -> None:
     assert compare.changes([_timed(calm, base)], [slower_machine])[0].verdict == "same"
     # Nor is a base that happened to be faster.
     assert compare.changes([_timed(calm, base)], [_timed(calm, [1.0] * 5)])[0].verdict == "same"
+    other = compare.changes([_timed(calm, base, backend="cpu")], [_timed(calm, base, backend="reference")])[0]
+    assert other.reason == "served by cpu, then by reference"
     broken = Row(command="op", case="3x3", candidate="fused", status="REFUSED y: error")
     assert compare.changes([_timed(calm, base)], [broken])[0].verdict == "broken"
 
