@@ -179,14 +179,14 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 200,
     block_ms: float = 5.0,
-    warmup: int = 2,
+    warmup: int = 1,
     slow_s: float = math.inf,
 ) -> Measured:
     """Time all candidates in turns until ``seconds`` are spent, and at least ``min_rounds`` rounds.
 
     Calls shorter than ``block_ms`` are repeated inside a round, each on the next input. A candidate that raises is
-    left out and its error returned; the others go on. One whose call takes more than ``slow_s`` seconds is warmed up
-    once and stops after ``SLOW_ROUNDS`` rounds, with a note: it would leave the others few.
+    left out and its error returned; the others go on. One whose call takes more than ``slow_s`` seconds stops after
+    ``SLOW_ROUNDS`` rounds, with a note: it would leave the others few.
     """
     clock = Clock(device)
     calls: dict[str, int] = {}
@@ -207,9 +207,13 @@ def interleave(
     running = [c for c in candidates if c.name in calls]
     samples = {c.name: Samples() for c in running}
     rng = random.Random(0)
+    gc.collect()
+    # A whole round untimed: the memory that one candidate leaves behind is laid out anew for the next.
+    for candidate in running:
+        if candidate.name not in notes:
+            _block(candidate, warmup + 1, calls[candidate.name], clock)
     end = time.monotonic() + seconds
     others = Others()
-    gc.collect()
     gc.disable()  # a collection inside one candidate's block would be charged to it
     try:
         for turn in range(max_rounds):

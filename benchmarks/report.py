@@ -64,7 +64,7 @@ Users who set nothing get the system's default. The tables that say so (`--alloc
 to us. A setting of your own is respected and recorded.
 
 All candidates run in one process, in rounds: every round runs each of them once, in an order drawn anew, after a
-warm-up. Times are medians over the rounds with the 20th and 80th percentile; a speed-up is the median of the ratio
+warm-up and an untimed round. Times are medians over the rounds with the 20th and 80th percentile; a speed-up is the median of the ratio
 *inside a round*, so that a machine which slows down slows all of them. On a GPU the times are CUDA events. Single
 sites and units run on inputs rotated past the last-level cache. Threads are fixed; float32 is float32 (no TF32).
 In bf16 and fp16 a training step runs under autocast with float32 weights, everything else in the dtype itself.

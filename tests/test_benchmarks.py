@@ -455,7 +455,7 @@ def test_a_peer_replaces_operators_only_inside_its_blocks() -> None:
     candidate = measure.Candidate("peer", lambda i: state.append("run"), None, entered)
     measured = measure.interleave([candidate], torch.device("cpu"), 0, min_rounds=1, max_rounds=1, block_ms=0)
     assert measured.errors == {}
-    assert state == ["in", "run", "out"] * 4, "two warm-ups, one calibration, one round"
+    assert state == ["in", "run", "out"] * 4, "a warm-up, the calibration, a round untimed, a round"
     assert [p.name for p in peers.training(Setting("step", [], 2, "bf16", "cuda", ["FlagGems"], 1, 1))] == [
         peers.BASE,
         "FlagGems",
