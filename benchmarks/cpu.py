@@ -38,14 +38,19 @@ def stages() -> list[Stage]:
         step("164 bf16", CIFAR, 0.4, *ours, "--dtype", "bf16"),
         step("50 fp32, default allocator", IMAGENET, 0.8, *ours, "--allocator", "default"),
         step("164 fp32, default allocator", CIFAR, 0.4, *ours, "--allocator", "default"),
-        _stage("infer fp32", 3, "infer", *both),
-        _stage("infer bf16", 3, "infer", *both, "--dtype", "bf16"),
-        _stage("op fp32", 4, "op", *both),
+        _stage("infer 164 fp32", 2, "infer", "--model", CIFAR),
+        _stage("infer 50 fp32", 1.5, "infer", "--model", IMAGENET),
+        _stage("infer 164 bf16", 2, "infer", "--model", CIFAR, "--dtype", "bf16"),
+        _stage("infer 50 bf16", 1.5, "infer", "--model", IMAGENET, "--dtype", "bf16"),
+        _stage("op fp32", 1.8, "op", *both, "--peers", "fused", "eager"),
         _stage("op bf16", 1.8, "op", *both, *ours, "--dtype", "bf16"),
-        _stage("unit fp32", 3, "unit", *both),
+        _stage("unit fp32", 1.2, "unit", *both, "--peers", "fused", "eager"),
         _stage("unit bf16", 1.2, "unit", *both, *ours, "--dtype", "bf16"),
-        _stage("memory", 3, "memory"),
+        _stage("memory", 2.5, "memory", "--peers", "eager"),
         _stage("overhead", 0.4, "overhead"),
+        # Compiling a site takes ten seconds, a unit twice that: those that count most.
+        _stage("op compile", 1.8, "op", *both, "--peers", "fused", "compile", "--limit", "5"),
+        _stage("unit compile", 2.2, "unit", *both, "--peers", "fused", "compile", "--limit", "3"),
     ]
     return found
 

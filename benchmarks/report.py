@@ -64,10 +64,11 @@ Users who set nothing get the system's default. The tables that say so (`--alloc
 to us. A setting of your own is respected and recorded.
 
 All candidates run in one process, in rounds: every round runs each of them once, in an order drawn anew, after a
-warm-up and an untimed round. Times are medians over the rounds with the 20th and 80th percentile; a speed-up is the median of the ratio
-*inside a round*, so that a machine which slows down slows all of them. On a GPU the times are CUDA events. Single
-sites and units run on inputs rotated past the last-level cache. Threads are fixed; float32 is float32 (no TF32).
-In bf16 and fp16 a training step runs under autocast with float32 weights, everything else in the dtype itself.
+warm-up and an untimed round. Times are medians over the rounds with the 20th and 80th percentile; a speed-up is the
+median of the ratio *inside a round*, so that a machine which slows down slows all of them. On a GPU the times are
+CUDA events. Single sites and units run on inputs rotated past the last-level cache. Threads are fixed; float32 is
+float32 (no TF32). In bf16 and fp16 a training step runs under autocast with float32 weights, everything else in the
+dtype itself. A candidate that takes over ten seconds a call stops after two rounds and says so.
 
 Before anything is timed it is compared with the plain network in float64: ours may err twice as much as eager PyTorch
 in the same dtype, a peer eight times. What is wrong is REFUSED and has no speed; what fails is listed with its error.
@@ -75,6 +76,7 @@ in the same dtype, a peer eight times. What is wrong is REFUSED and has no speed
 - **bare convolutions**: the library's convolutions alone, without BN, ReLU, addition: the floor without fusion.
 - **fused**: this library, inside a network: statistics come with the input and are made for the next reader.
   **fused alone**: a single module, which reads its input once more for them.
+- **–**: not measured. Compiling takes its time, so the compiler runs on the sites and units that count most.
 - **of its floor**: the least time that the candidate's own schedule could take at the measured copy bandwidth and
   GEMM rate, as a share of the measured time. Tensors that stay in the cache can pass 100 %.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import platform
 import subprocess
@@ -15,7 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is part of the checkout, not of the package
 
-from benchmarks import allocator, measure, micro
+from benchmarks import allocator, measure, micro, networks, peers
+from benchmarks.options import Setting
 from benchmarks.results import Row
 
 
@@ -126,3 +129,48 @@ def test_freed_memory_stays_with_the_process() -> None:
     assert faults(plain) > 1000
     assert allocator.prepare(["op"], plain)
     assert faults(plain) < 100
+
+
+# --- peers ------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_replaces_operators_only_inside_its_blocks() -> None:
+    state = []
+
+    @contextlib.contextmanager
+    def entered():
+        state.append("in")
+        yield
+        state.append("out")
+
+    candidate = measure.Candidate("peer", lambda i: state.append("run"), None, entered)
+    measured = measure.interleave([candidate], torch.device("cpu"), 0, min_rounds=1, max_rounds=1, block_ms=0)
+    assert measured.errors == {}
+    assert state == ["in", "run", "out"] * 4, "a warm-up, the calibration, a round untimed, a round"
+    assert [p.name for p in peers.training(Setting("step", [], 2, "bf16", "cuda", ["FlagGems"], 1, 1))] == [
+        peers.BASE,
+        "FlagGems",
+    ]
+
+
+def test_frozen_peer_compiles_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo's cache belongs to the class's code: what the compiled peer left there is not the frozen network."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(torch._inductor.config.freezing)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model=None, **_: compiler(model, backend=backend, dynamic=False)
+    )
+    torch._dynamo.reset()
+    setting = Setting("infer", [], 2, "fp32", "cpu", ["compile", "inductor"], 1, 1)
+    x = torch.randn(2, 3, 32, 32)
+    net = networks.create("cifar_preact_resnet20").eval()
+    with torch.no_grad():
+        outs = [p.prepare(copy.deepcopy(net), x, setting)(x) for p in peers.inference(setting)]
+    assert graphs == [False, True]
+    torch.testing.assert_close(outs[0], outs[2])
+    torch._dynamo.reset()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +26,6 @@ from benchmarks import (  # noqa: E402
     networks,
     op,
     options,
-    peers,
     report,
     results,
     stages,
@@ -441,25 +439,6 @@ def test_stages_of_the_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({stage.name for stage in cpu.stages()}) == len(seen), "a finished stage is known by its name"
     # What matters most comes within the promised eight minutes.
     assert sum(s.seconds for s in gpu.stages()[:7]) < 9 * 60
-
-
-def test_a_peer_replaces_operators_only_inside_its_blocks() -> None:
-    state = []
-
-    @contextlib.contextmanager
-    def entered():
-        state.append("in")
-        yield
-        state.append("out")
-
-    candidate = measure.Candidate("peer", lambda i: state.append("run"), None, entered)
-    measured = measure.interleave([candidate], torch.device("cpu"), 0, min_rounds=1, max_rounds=1, block_ms=0)
-    assert measured.errors == {}
-    assert state == ["in", "run", "out"] * 4, "a warm-up, the calibration, a round untimed, a round"
-    assert [p.name for p in peers.training(Setting("step", [], 2, "bf16", "cuda", ["FlagGems"], 1, 1))] == [
-        peers.BASE,
-        "FlagGems",
-    ]
 
 
 def test_cases_cover_the_networks() -> None:
