@@ -435,7 +435,9 @@ def test_stages_of_the_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {args.command for args in seen} == {
         "op", "unit", "step", "infer", "memory", "roofline", "overhead",
     }  # fmt: skip
-    assert sum(args.minutes for args in seen) < 32
+    assert sum(args.minutes for args in seen) < 29.5, (
+        "and a quarter of a minute each for what is not measuring"
+    )
     assert len({stage.name for stage in cpu.stages()}) == len(seen), "a finished stage is known by its name"
     # What matters most comes within the promised eight minutes.
     assert sum(s.seconds for s in gpu.stages()[:7]) < 9 * 60
