@@ -125,12 +125,20 @@ def _inputs(case: Case, setting: Setting, memory_format: torch.memory_format) ->
     item = setting.torch_dtype.itemsize
     sizes = [torch.Size(s).numel() * item for s in (case.in_shape, case.out_shape)]
     copies = measure.copies_past_cache(sizes[0] + sizes[1] * (2 if case.adds else 1), device, most=32)
-    inputs = []
-    for _ in range(copies):
-        x = made(case.in_shape, True)
-        residual = made(case.out_shape, True) if case.adds else None
-        inputs.append(Input(x, residual, made(case.out_shape, False), _statistics(x)))
-    return inputs
+    x, dy = made(case.in_shape, True), made(case.out_shape, False)
+    first = Input(x, made(case.out_shape, True) if case.adds else None, dy, _statistics(x))
+
+    def again(t: Tensor) -> Tensor:
+        return t.detach().clone().requires_grad_(t.requires_grad)
+
+    # Other memory with the same values: drawing half a gigabyte of them takes longer than what is measured.
+    others = [
+        Input(
+            again(x), None if first.residual is None else again(first.residual), again(dy), first.statistics
+        )
+        for _ in range(copies - 1)
+    ]
+    return [first, *others]
 
 
 def _candidate(
