@@ -15,11 +15,11 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint types format bench clean
+.PHONY: help install train test lint types format bench tables clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
-	@echo '  ARGS="..." is handed on by train, test and bench; PYTHON=... names the interpreter of .venv'
+	@echo '  ARGS="..." is handed on by train, test, bench and tables; PYTHON=... names the interpreter of .venv'
 
 install: $(STAMP) ## make .venv with the pinned packages and this package, editable
 
@@ -29,6 +29,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt setuptools wheel ninja torch
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[train,test,dev,triton]'
+	@touch $@
+
+$(VENV)/.peers: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[peers]'
 	@touch $@
 
 train: $(STAMP) ## train ResNet-20-v2 on the handwritten digits, fused beside plain
@@ -56,6 +60,11 @@ types: $(STAMP) ## mypy on the package and its kernels
 format: $(STAMP) ## ruff: repair what it can, then format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# Every CPU table of docs/performance.md in about 35 minutes on two cores, then the page. Repeat the command after an
+# interruption: finished stages of this commit are skipped.
+tables: $(VENV)/.peers ## every CPU table of docs/performance.md, about 35 minutes on two cores; resumable
+	$(BIN)/python -m benchmarks cpu $(ARGS)
 
 bench: $(STAMP) ## python -m benchmarks, for example: make bench ARGS=compile
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from . import allocator
+
 COMMANDS = {
     "op": "every BN -> ReLU -> convolution site of a network, forward and backward",
     "unit": "every residual unit of a network, forward and backward",
@@ -15,10 +17,14 @@ COMMANDS = {
     "overhead": "host time per site and unit on a near-empty tensor",
     "report": "write docs/performance.md, its figures and README's block from the results",
     "compare": "regressions beyond noise between two results files or two commits",
+    "cpu": "every CPU table of docs/performance.md in one command, resumable",
     "compile": "cross-compile the Triton kernels and read what came out",
     "cost": "the cost model's ranking of launch configurations, beside what was measured",
     "gpu": "everything that needs a GPU, most valuable first, resumable",
 }
+
+TIMED = ("op", "unit", "step", "infer", "roofline", "overhead")
+"""The commands whose figures depend on how the C library hands out memory."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,4 +43,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in TIMED:
+        allocator.start_again()  # before torch is imported: the C library reads its setting once
     sys.exit(main())

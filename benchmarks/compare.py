@@ -5,8 +5,12 @@
 
 A change counts where it is larger than the rounds' spread of both sides together and than 3 %. Times that were taken
 beside a base are compared twice, in milliseconds and relative to the base, and both have to have changed: a machine
-that is slower today slows both sides, and a base that was faster in one run slows nobody. Commits are installed
-into folders of their own and measured in turns by this checkout's benchmarks.
+that is slower today slows both sides, and a base that was faster in one run slows nobody. Several runs of the same
+code count together.
+
+Commits are built in worktrees of their own, installed into temporary folders (about a minute each, with the packages
+of this environment) and measured in turns by this checkout's benchmarks; a commit whose package lacks what these
+benchmarks call cannot be measured, and its error is printed.
 """
 
 from __future__ import annotations
@@ -91,7 +95,9 @@ def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
         if a is not None and b is not None:
             beside, change, noise = _verdict(a, b)
             verdict = verdict if verdict == beside else "same"
-        found.append(Change(key, verdict, change, noise))
+        served = old[-1].backend, new[-1].backend
+        reason = "" if served[0] == served[1] else f"served by {served[0]}, then by {served[1]}"
+        found.append(Change(key, verdict, change, noise, reason))
     return found
 
 
@@ -100,13 +106,13 @@ def _without_phase(row: Row) -> tuple[str, ...]:
 
 
 def read(name: str) -> list[Row] | None:
-    """The newest rows of a file or folder, None where ``name`` is neither."""
+    """The newest rows of a file or folder with earlier runs of the same code, None where ``name`` is neither."""
     path = Path(name)
-    if path.is_dir():
-        return results.latest(results.load_all(path))
-    if path.is_file():
-        return results.latest(results.load(path))
-    return None
+    if not path.exists():
+        return None
+    rows = results.load_all(path) if path.is_dir() else results.load(path)
+    runs = results.repeats(rows)
+    return [r for newest in results.latest(rows) for r in (runs[newest.key] if newest.p50 else [newest])]
 
 
 # --- two commits ------------------------------------------------------------------------------------------
@@ -118,13 +124,26 @@ def _run(*command: str, cwd: Path = results.ROOT, env: dict[str, str] | None = N
         raise RuntimeError(f"{shlex.join(command)}: {done.stderr.strip()[-1000:]}")
 
 
+def resolve(name: str) -> str | None:
+    """The short hash of a commit, None where ``name`` is none."""
+    command = ("git", "rev-parse", "--verify", "--quiet", "--short=10", f"{name}^{{commit}}")
+    done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
 def install(commit: str, folder: Path) -> Path:
-    """Build and install one commit's package into a folder of its own; returns what PYTHONPATH needs."""
+    """Build and install one commit's package into a folder of its own; returns what PYTHONPATH needs.
+
+    Raises RuntimeError where the build fails: a side without compiled kernels would be another comparison.
+    """
     tree, site = folder / "tree", folder / "site"
+    # ninja lies beside Python, in environments that are not activated too.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    env = {"FUSED_PREACT_BUILD_EXT": "1", **os.environ, "PATH": path}
     _run("git", "worktree", "add", "--detach", str(tree), commit)
     try:
         pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
-        _run(*pip, "--target", str(site), str(tree))
+        _run(*pip, "--target", str(site), str(tree), env=env)
     finally:
         _run("git", "worktree", "remove", "--force", str(tree))
     return site
@@ -139,25 +158,28 @@ def measure_commits(commits: list[str], bench: list[str], turns: int) -> list[li
         # The same benchmarks for both, without this checkout's package beside them.
         (harness / "benchmarks").symlink_to(Path(__file__).parent)
         sites = []
+        sides: list[list[Row]] = [[] for _ in commits]
         for index, commit in enumerate(commits):
             print(f"installing {commit}", flush=True)
             (folder / str(index)).mkdir()
             sites.append(install(commit, folder / str(index)))
         for turn in range(turns):
-            for index, commit in enumerate(commits):
+            # Back and forth, so that a machine that warms up favours neither.
+            for index, commit in list(enumerate(commits))[:: -1 if turn % 2 else 1]:
                 print(f"turn {turn + 1} of {turns}: {commit}", flush=True)
                 path = os.pathsep.join([str(sites[index]), str(harness)])
                 env = {**os.environ, "PYTHONPATH": path, "FUSED_PREACT_BENCH_COMMIT": commit}
                 out = folder / str(index) / f"results-{turn}"
                 command = [sys.executable, "-m", "benchmarks", *bench, "--results", str(out)]
                 done = subprocess.run(command, cwd=harness, env=env, capture_output=True, text=True)
+                rows = results.load_all(out)
                 # 1 says that a result was refused: those rows are there, and count as broken.
-                if done.returncode not in (0, 1) or not out.exists():
+                if done.returncode not in (0, 1) or not rows:
                     raise RuntimeError(f"{commit}: {done.stderr.strip()[-1000:]}")
-        return [
-            [r for t in range(turns) for r in results.load_all(folder / str(i) / f"results-{t}")]
-            for i in range(len(commits))
-        ]
+                for status in dict.fromkeys(r.status for r in rows if r.status != "ok"):
+                    print(f"{commit}: {status}", flush=True)
+                sides[index] += rows
+        return sides
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -177,8 +199,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     before, after = read(args.before), read(args.after)
     if before is None and after is None:
-        before, after = measure_commits([args.before, args.after], shlex.split(args.bench), args.turns)
-    elif before is None or after is None:
+        commits = {name: resolve(name) for name in (args.before, args.after)}
+        for name, commit in commits.items():
+            if commit is None:
+                parser.error(f"{name!r}: no such file, folder or commit")
+        if args.turns < 1:
+            parser.error(f"--turns: got {args.turns}, allowed are 1 and more")
+        wanted = [c for c in (commits[args.before], commits[args.after]) if c]
+        before, after = measure_commits(wanted, shlex.split(args.bench), args.turns)
+    if before is None or after is None:
         missing = args.before if before is None else args.after
         parser.error(f"{missing!r}: no such file or folder, allowed are two results or two commits")
     found = changes(before, after)
@@ -193,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     counts = {v: sum(c.verdict == v for c in found) for v in ("slower", "faster", "broken", "same")}
     print(", ".join(f"{n} {v}" for v, n in counts.items()))
     if not found:
-        print("nothing in common: same command, network, batch, dtype, hardware and threads are needed")
+        print("nothing in common: same command, network, batch, dtype, hardware, threads and allocator")
         return 2
     ours = [c for c in found if c.key[3].startswith("fused")]
     return int(any(c.verdict in ("slower", "broken") for c in ours))

@@ -27,18 +27,21 @@ def names(rows: Iterable[Row]) -> dict[str, tuple[str, list[Row]]]:
     """File name -> (kind of figure, its rows), for every figure that the rows allow."""
     found: dict[str, tuple[str, list[Row]]] = {}
     rows = [r for r in rows if r.status == "ok"]
+
+    def about(row: Row) -> tuple[str, ...]:
+        # Dtypes are panels of one figure.
+        return row.model, row.batch, row.device, row.hardware, row.threads
+
     for command in ("op", "unit"):
         timed = [r for r in rows if r.command == command and r.phase == "both" and r.p50]
-        for key, chosen in tables.groups(timed, tables.setting).items():
+        for key, chosen in tables.groups(timed, about).items():
             found[f"{command}-{slug(*key)}.svg"] = ("layers", chosen)
             if command == "op":
-                forward = [r for r in rows if r.command == "op" and tables.setting(r) == key and r.p50]
-                found[f"roofline-{slug(*key)}.svg"] = (
-                    "roofline",
-                    [r for r in forward if r.phase == "forward"],
-                )
+                forward = [r for r in rows if (r.command, r.phase) == ("op", "forward") and r.p50]
+                chosen = [r for r in forward if about(r) == key]
+                found[f"roofline-{slug(*key)}.svg"] = ("roofline", chosen)
     kinds = [r for r in rows if r.command == "step" and r.phase.startswith("kind:")]
-    for key, chosen in tables.groups(kinds, tables.setting).items():
+    for key, chosen in tables.groups(kinds, about).items():
         found[f"kinds-{slug(*key)}.svg"] = ("kinds", chosen)
     saved = [r for r in rows if r.command == "memory" and r.phase == "saved"]
     if saved:
@@ -59,14 +62,21 @@ def draw(rows: Iterable[Row], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, (kind, chosen) in names(rows).items():
-        figure, axes = plt.subplots(figsize=(9, 4.5))
-        _DRAW[kind](axes, chosen)
-        axes.grid(True, alpha=0.3)
+        # The memory figure tells dtypes apart by its lines.
+        panels = [chosen] if kind == "memory" else list(tables.groups(chosen, _dtype).values())
+        figure, grid = plt.subplots(len(panels), figsize=(9, 4.5 * len(panels)), squeeze=False)
+        for axes, rows_of in zip(grid[:, 0], panels, strict=True):
+            _DRAW[kind](axes, rows_of)
+            axes.grid(True, alpha=0.3)
         figure.tight_layout()
         figure.savefig(folder / name, metadata={"Date": None})
         plt.close(figure)
         written.append(folder / name)
     return written
+
+
+def _dtype(row: Row) -> tuple[str, ...]:
+    return (row.dtype,)
 
 
 def _title(row: Row) -> str:

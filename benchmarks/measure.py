@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import random
 import time
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 
 PHASES = ("forward", "backward", "both")
+SLOW_ROUNDS = 2
+"""Rounds of a candidate that is too slow to go on with."""
 
 
 class Candidate(NamedTuple):
@@ -70,8 +73,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def speedup(base: Sequence[float], other: Sequence[float]) -> Spread:
-    """How many times faster ``other`` is than ``base``, paired round by round."""
-    return spread([b / o for b, o in zip(base, other, strict=True)])
+    """How many times faster ``other`` is than ``base``, paired round by round; ``other`` may have stopped early."""
+    return spread([b / o for b, o in zip(base[: len(other)], other, strict=True)])
 
 
 class Clock:
@@ -117,10 +120,44 @@ def _block(candidate: Candidate, first: int, calls: int, clock: Clock) -> tuple[
 
 
 class Measured(NamedTuple):
-    """Samples by candidate, and the errors of those that failed."""
+    """Samples by candidate, the errors of those that failed, and what cut others short."""
 
     samples: dict[str, Samples]
     errors: dict[str, str]
+    notes: dict[str, str]
+    others: float | None
+    """Cores that other processes kept busy during the rounds (:class:`Others`)."""
+
+
+class Others:
+    """How much of the machine other processes use, from when this is made: what load averages cannot tell.
+
+    A load average holds the minutes before, among them this process's own compilers. Here the process's own CPU time
+    and its finished children's are taken off. Time stolen by a hypervisor's other guests counts as others' too.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        """Clock and CPU seconds of others so far; None where the system does not tell."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        except OSError:
+            return None
+        # user, nice, system, idle, iowait, irq, softirq, steal; guests are inside user.
+        ticks = [int(field) for field in fields[:8]]
+        busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return time.monotonic(), busy - (own.user + own.system + own.children_user + own.children_system)
+
+    def cores(self) -> float | None:
+        """Cores that others kept busy since, on average; None where the system does not tell."""
+        now = self._now()
+        if now is None or self._start is None:
+            return None
+        return max(0.0, (now[1] - self._start[1]) / max(now[0] - self._start[0], 1e-9))
 
 
 def now() -> float:
@@ -142,35 +179,49 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 200,
     block_ms: float = 5.0,
-    warmup: int = 2,
+    warmup: int = 1,
+    slow_s: float = math.inf,
 ) -> Measured:
     """Time all candidates in turns until ``seconds`` are spent, and at least ``min_rounds`` rounds.
 
     Calls shorter than ``block_ms`` are repeated inside a round, each on the next input. A candidate that raises is
-    left out and its error returned; the others go on.
+    left out and its error returned; the others go on. One whose call takes more than ``slow_s`` seconds stops after
+    ``SLOW_ROUNDS`` rounds, with a note: it would leave the others few.
     """
     clock = Clock(device)
     calls: dict[str, int] = {}
     errors: dict[str, str] = {}
+    notes: dict[str, str] = {}
     for candidate in candidates:
         try:
-            for i in range(warmup):
-                _block(candidate, i, 1, clock)
-            per_call = sum(_block(candidate, warmup, 1, clock))
+            per_call = 0.0
+            for i in range(warmup + 1):
+                per_call = sum(_block(candidate, i, 1, clock))
+                # The first call may compile.
+                if i and per_call > 1e3 * slow_s:
+                    notes[candidate.name] = f"stopped: over {slow_s:g} s a call, {SLOW_ROUNDS} rounds"
+                    break
             calls[candidate.name] = max(1, min(200, round(block_ms / max(per_call, 1e-3))))
         except Exception as error:  # a peer's own: it becomes its row
             errors[candidate.name] = one_line(error)
     running = [c for c in candidates if c.name in calls]
     samples = {c.name: Samples() for c in running}
     rng = random.Random(0)
-    end = time.monotonic() + seconds
     gc.collect()
+    # A whole round untimed: the memory that one candidate leaves behind is laid out anew for the next.
+    for candidate in running:
+        if candidate.name not in notes:
+            _block(candidate, warmup + 1, calls[candidate.name], clock)
+    end = time.monotonic() + seconds
+    others = Others()
     gc.disable()  # a collection inside one candidate's block would be charged to it
     try:
         for turn in range(max_rounds):
             if turn >= min_rounds and time.monotonic() > end:
                 break
             rng.shuffle(running)
+            if turn == SLOW_ROUNDS:
+                running = [c for c in running if c.name not in notes]
             for candidate in running:
                 if not clock.cuda:
                     # Another runtime's threads spin for a while after their work; let them go to sleep.
@@ -182,7 +233,7 @@ def interleave(
                     samples[candidate.name].backward.append(backward)
     finally:
         gc.enable()
-    return Measured(samples, errors)
+    return Measured(samples, errors, notes, others.cores())
 
 
 def cache_bytes(device: torch.device) -> int:

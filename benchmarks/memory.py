@@ -29,6 +29,10 @@ from .options import Setting
 from .results import Row
 
 MODELS = ("preact_resnet50", "preact_resnet200", "cifar_preact_resnet164", "cifar_preact_resnet1001")
+LEAST_SECONDS = 45.0
+"""What a process gets however little time is left: a step of ResNet-1001 on two cores, imports included."""
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc gives freed memory back at once: what is resident is what is in use."""
 CANDIDATES = ("eager channels_last", "compile", "fused")
 
 
@@ -107,15 +111,18 @@ def _status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _peak(model: str, candidate: str, batch: int, setting: Setting) -> int:
-    """:func:`step_once` in a process of its own: an allocator that has seen other networks tells nothing."""
+def _peak(model: str, candidate: str, batch: int, setting: Setting, seconds: float) -> int:
+    """:func:`step_once` in a process of its own: an allocator that has seen other networks tells nothing.
+
+    Raises subprocess.TimeoutExpired after ``seconds``.
+    """
     command = [sys.executable, "-m", "benchmarks", "memory", "--model", model, "--batch", str(batch)]
     command += ["--dtype", setting.dtype, "--device", setting.device, "--threads", str(setting.threads)]
     command += ["--backend", setting.backend, "--child", candidate]
     # glibc else keeps freed blocks of up to 32 MB: resident memory would follow its habits, not the step's needs.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    env = {**os.environ, **RETURNED}
     # A process over the machine's memory is killed; the row says so.
-    done = subprocess.run(command, cwd=results.ROOT, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=results.ROOT, env=env, capture_output=True, text=True, timeout=seconds)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise RuntimeError(last)
@@ -125,6 +132,7 @@ def _peak(model: str, candidate: str, batch: int, setting: Setting) -> int:
 def _row(setting: Setting, model: str, batch: int, name: str, phase: str, value: float) -> Row:
     row = setting.row(model, batch, case="network", candidate=name, phase=phase)
     row.value, row.unit = results.number(value), "images" if phase.startswith("fits") else "B"
+    row.allocator = "returned"
     return row
 
 
@@ -138,15 +146,22 @@ def _saved_rows(model: str, batch: int, setting: Setting) -> list[Row]:
 
 
 def _peak_rows(model: str, batch: int, setting: Setting, budget: float) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     net = networks.create(model)
     weights = 3 * 4 * sum(p.numel() for p in net.parameters())
-    for name in CANDIDATES:
-        if name != "fused" and not setting.wants(name):
-            continue
+    wanted = [name for name in CANDIDATES if name == "fused" or setting.wants(name)]
+    total = len(setting.models) * len(wanted)
+    for index, name in enumerate(wanted, start=setting.models.index(model) * len(wanted)):
+        # Two processes; what quick ones leave over serves the deep ones and the compilers.
+        seconds = max(LEAST_SECONDS, setting.share(index, total) / 2)
         setting.say(f"{model}: peak of {name}")
         try:
-            half, full = (_peak(model, name, b, setting) for b in (max(batch // 2, 2), batch))
+            half, full = (_peak(model, name, b, setting, seconds) for b in (max(batch // 2, 2), batch))
+        except subprocess.TimeoutExpired:
+            row = _row(setting, model, batch, name, "peak", 0)
+            row.status, row.value = f"stopped: no peak after {seconds:.0f} s", ""
+            rows.append(row)
+            continue
         except Exception as error:  # out of memory, a peer's own error: a row
             row = _row(setting, model, batch, name, "peak", 0)
             row.status, row.value = f"ERROR {measure.one_line(error)}", ""

@@ -125,12 +125,20 @@ def _inputs(case: Case, setting: Setting, memory_format: torch.memory_format) ->
     item = setting.torch_dtype.itemsize
     sizes = [torch.Size(s).numel() * item for s in (case.in_shape, case.out_shape)]
     copies = measure.copies_past_cache(sizes[0] + sizes[1] * (2 if case.adds else 1), device, most=32)
-    inputs = []
-    for _ in range(copies):
-        x = made(case.in_shape, True)
-        residual = made(case.out_shape, True) if case.adds else None
-        inputs.append(Input(x, residual, made(case.out_shape, False), _statistics(x)))
-    return inputs
+    x, dy = made(case.in_shape, True), made(case.out_shape, False)
+    first = Input(x, made(case.out_shape, True) if case.adds else None, dy, _statistics(x))
+
+    def again(t: Tensor) -> Tensor:
+        return t.detach().clone().requires_grad_(t.requires_grad)
+
+    # Other memory with the same values: drawing half a gigabyte of them takes longer than what is measured.
+    others = [
+        Input(
+            again(x), None if first.residual is None else again(first.residual), again(dy), first.statistics
+        )
+        for _ in range(copies - 1)
+    ]
+    return [first, *others]
 
 
 def _candidate(
@@ -220,7 +228,7 @@ def measure_case(case: Case, setting: Setting, model: str, top: Ceilings, second
                 row.status = wrong[name]
                 rows.append(row)
                 break
-            fill(row, measured.samples, phase, BASE)
+            fill(row, measured, phase, BASE)
             kernels = [k for k in case.kernels(schedule) if phase in ("both", k.phase)]
             row.floor_ms = results.number(top.ms(kernels))
             row.bytes = results.number(sum(k.bytes for k in kernels))
@@ -229,15 +237,18 @@ def measure_case(case: Case, setting: Setting, model: str, top: Ceilings, second
     return rows
 
 
-def fill(row: Row, samples: dict[str, measure.Samples], phase: str, base: str) -> None:
+def fill(row: Row, measured: measure.Measured, phase: str, base: str) -> None:
     """Write a candidate's times and its speed-up over the base into a row."""
+    samples = measured.samples
     times = samples[row.candidate].phase(phase)
+    row.note = measured.notes.get(row.candidate, "")
+    row.others = "" if measured.others is None else f"{measured.others:.2f}"
     middle = measure.spread(times)
     row.rounds = str(len(times))
     row.p20, row.p50, row.p80 = (results.number(v) for v in middle)
     row.samples = " ".join(f"{t:.4g}" for t in times)
-    # A base without this phase (inference has no backward) gives no ratio.
-    if base in samples and len(samples[base].phase(phase)) == len(times):
+    # A base without this phase (inference has no backward), or with fewer rounds, gives no ratio.
+    if base in samples and len(samples[base].phase(phase)) >= len(times):
         row.base = base
         faster = measure.speedup(samples[base].phase(phase), times)
         row.speedup_p20, row.speedup_p50, row.speedup_p80 = (results.number(v) for v in faster)

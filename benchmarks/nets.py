@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -219,7 +220,9 @@ def _network(
                 rows.append(_row(setting, model, batch, peer.name, job.phases[-1], status=status))
         candidates = [*ready, job.bare()]
         seconds = max(0.0, deadline - (measure.now() - begun))
-        measured = measure.interleave(candidates, setting.torch_device, seconds, min_rounds=3, warmup=2)
+        measured = measure.interleave(
+            candidates, setting.torch_device, seconds, min_rounds=3, slow_s=setting.slow
+        )
         for name, error in measured.errors.items():
             rows.append(_row(setting, model, batch, name, job.phases[-1], status=f"ERROR {error}"))
         for name in measured.samples:
@@ -228,7 +231,7 @@ def _network(
                 row = _row(
                     setting, model, batch, name, phase, backend=serving if name in (OURS, OPTIMIZED) else ""
                 )
-                micro.fill(row, measured.samples, phase, BASE)
+                micro.fill(row, measured, phase, BASE)
                 chosen = [k for k in kernels if phase in ("both", k.phase)]
                 row.floor_ms = results.number(top.ms(chosen))
                 row.bytes = results.number(sum(k.bytes for k in chosen))
@@ -236,15 +239,13 @@ def _network(
                 rows.append(row)
         yield rows
         if profile:
-            yield [row for c in ready for row in _extras(setting, model, batch, c, measured.samples)]
+            # Not of those that are too slow: one more of their steps would cost more than it tells.
+            profiled = [c for c in ready if c.name in measured.samples and c.name not in measured.notes]
+            yield [row for c in profiled for row in _extras(setting, model, batch, c)]
 
 
-def _extras(
-    setting: Setting, model: str, batch: int, candidate: Candidate, samples: dict[str, measure.Samples]
-) -> list[Row]:
-    """Peak memory (on a GPU) and the time by kind of work, each from one more step."""
-    if candidate.name not in samples:
-        return []
+def _extras(setting: Setting, model: str, batch: int, candidate: Candidate) -> list[Row]:
+    """Peak memory (on a GPU) or page faults (on a CPU), and the time by kind of work, each from one more step."""
     rows = []
     if setting.device == "cuda":
         torch.cuda.synchronize()
@@ -254,6 +255,15 @@ def _extras(
         row = _row(setting, model, batch, candidate.name, "peak")
         row.value, row.unit = results.number(torch.cuda.max_memory_allocated() - before), "B"
         rows.append(row)
+    else:
+        before_step = resource.getrusage(resource.RUSAGE_SELF)
+        kinds.call(candidate)
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        faults, seconds = usage.ru_minflt - before_step.ru_minflt, usage.ru_stime - before_step.ru_stime
+        for phase, value, unit in (("faults", faults, "page faults"), ("kernel time", seconds, "s")):
+            row = _row(setting, model, batch, candidate.name, phase)
+            row.value, row.unit = results.number(value), unit
+            rows.append(row)
     for kind, ms in kinds.by_kind(candidate, setting.torch_device).items():
         row = _row(setting, model, batch, candidate.name, f"kind:{kind}")
         row.value, row.unit = results.number(ms), "ms"

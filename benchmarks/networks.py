@@ -201,17 +201,12 @@ def bare_candidate(
     for conv in convs:
         if conv in tensors:
             continue
-        made = []
-        for _ in range(copies):
-            x = torch.randn(batch, conv.c, conv.h, conv.h, dtype=dtype, device=device)
-            weight = torch.randn(conv.k, conv.c, conv.kernel, conv.kernel, dtype=dtype, device=device) * 0.05
-            x, weight = (
-                x.contiguous(memory_format=CHANNELS_LAST),
-                weight.contiguous(memory_format=CHANNELS_LAST),
-            )
-            dy = torch.randn_like(F.conv2d(x, weight, None, conv.stride, conv.padding))
-            made.append((x, weight, dy))
-        tensors[conv] = made
+        x = torch.randn(batch, conv.c, conv.h, conv.h, dtype=dtype, device=device)
+        weight = torch.randn(conv.k, conv.c, conv.kernel, conv.kernel, dtype=dtype, device=device) * 0.05
+        x, weight = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, weight))
+        dy = torch.randn_like(F.conv2d(x, weight, None, conv.stride, conv.padding))
+        copied = [(x.clone(), weight.clone(), dy.clone()) for _ in range(copies - 1)]
+        tensors[conv] = [(x, weight, dy), *copied]
 
     @torch.no_grad()
     def run_forward(i: int) -> None:

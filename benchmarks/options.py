@@ -14,7 +14,7 @@ import torch
 
 import fused_preact
 
-from . import measure, results
+from . import allocator, measure, results
 from .results import Row
 
 DTYPES = {
@@ -23,6 +23,8 @@ DTYPES = {
     "fp16": torch.float16,
 }
 PACKAGES = ("triton", "onnxruntime", "openvino", "nvidia-cudnn-frontend")
+BUSY = 0.15
+"""The share of the machine that others may use before a run warns."""
 MODELS = ("cifar_preact_resnet164", "preact_resnet50")
 
 
@@ -43,6 +45,7 @@ class Setting:
     save: bool = True
     folder: Path = results.FOLDER
     limit: int = 0
+    slow: float = 10
     extra: argparse.Namespace = field(default_factory=argparse.Namespace)
     started: float = field(default_factory=time.monotonic)
 
@@ -95,19 +98,28 @@ class Setting:
         else:
             for row in stamped:
                 print(line(row), flush=True)
+        self.warn(max((float(row.others) for row in stamped if row.others), default=None))
         if self.save if save is None else save:
             results.append(self.folder / f"{self.command}.csv", stamped)
         return stamped
 
     def announce(self) -> None:
         """What is measured on what; threads are part of every CPU figure."""
+        others = measure.Others()
         self.say(
             f"{self.command}: {self.dtype} on {self.device} ({results.hardware(self.device)}), "
-            f"{self.threads} threads, {results.versions(PACKAGES)}, commit {results.commit()}"
+            f"{self.threads} threads, allocator {allocator.name()}, {results.versions(PACKAGES)}, "
+            f"commit {results.commit()}"
         )
-        load, cores = os.getloadavg()[0], os.cpu_count() or 1
-        if load > 0.5 * cores:
-            self.say(f"WARNING: load average {load:.1f} on {cores} cores: others are at work, expect noise")
+        time.sleep(0.1)
+        self.warn(others.cores())
+
+    def warn(self, others: float | None) -> None:
+        """Say so where other processes use the machine: ``others`` of its cores (:class:`.measure.Others`)."""
+        if others is not None and others > BUSY * (os.cpu_count() or 1):
+            self.say(
+                f"WARNING: other processes keep {others:.1f} of {os.cpu_count()} cores busy: expect noise"
+            )
 
 
 def line(row: Row) -> str:
@@ -133,6 +145,8 @@ def line(row: Row) -> str:
         parts.append(f"{float(row.value):.5g} {row.unit}")
     if row.backend:
         parts.append(f"by {row.backend}")
+    if row.note:
+        parts.append(f"({row.note})")
     return f"{head} {'  '.join(parts)}"
 
 
@@ -165,6 +179,15 @@ def parser(
     made.add_argument("--threads", type=int, help="PyTorch threads; default: all cores of this process")
     made.add_argument("--backend", default="auto", choices=fused_preact.ops.BACKENDS, help="of our own rows")
     made.add_argument("--limit", type=int, default=0, help="at most this many cases of each network")
+    made.add_argument(
+        "--slow", type=float, default=10, help="seconds a call above which a candidate gets few rounds"
+    )
+    made.add_argument(
+        "--allocator",
+        default=allocator.KEPT,
+        choices=[allocator.KEPT, allocator.DEFAULT],
+        help="kept: freed memory stays with the process, eager at its best; default: the system's own setting",
+    )
     made.add_argument("--json", action="store_true", help="rows as JSON on the output")
     made.add_argument("--no-save", action="store_true", help="do not append to the results")
     made.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the results files")
@@ -190,6 +213,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, quiet: bool =
         not args.no_save,
         args.results,
         args.limit,
+        args.slow,
         args,
     )
     torch.manual_seed(0)

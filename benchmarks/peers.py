@@ -76,7 +76,11 @@ def _frozen(net: nn.Module, x: Tensor, setting: Setting) -> Function:
     """Inductor with the weights as constants: it folds BN into the convolution before it, and repacks weights."""
     import torch._inductor.config as config
 
-    function = torch.compile(net, dynamic=False)
+    # A function of its own: compiled modules of one class share Dynamo's cache, so that this one would be handed the
+    # code of the peer "compile", with nothing frozen.
+    @torch.compile(dynamic=False)
+    def function(x: Tensor) -> Tensor:
+        return net(x)
 
     def run(x: Tensor) -> Tensor:
         with config.patch(freezing=True), torch.no_grad():

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from . import allocator
+
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "results"
 
@@ -26,8 +28,9 @@ class Row:
     """One line of a results file; empty strings where a column does not apply.
 
     Times are milliseconds per call, speed-ups are over ``base`` and paired round by round, ``floor_ms`` is the least
-    time that the row's own schedule could take at the measured ceilings, ``samples`` holds every round. ``load`` is
-    the machine's load average when the run ended: on an idle machine about the number of threads.
+    time that the row's own schedule could take at the measured ceilings, ``samples`` holds every round.
+    ``others`` is how many cores other processes kept busy meanwhile, ``allocator`` the C library's setting
+    (:mod:`.allocator`), ``note`` what a reader has to know about the row.
     """
 
     date: str = ""
@@ -44,7 +47,8 @@ class Row:
     device: str = ""
     hardware: str = ""
     threads: str = ""
-    load: str = ""
+    others: str = ""
+    allocator: str = ""
     versions: str = ""
     status: str = "ok"
     rounds: str = ""
@@ -60,6 +64,7 @@ class Row:
     flops: str = ""
     value: str = ""
     unit: str = ""
+    note: str = ""
     samples: str = ""
 
     @property
@@ -76,6 +81,8 @@ class Row:
             self.device,
             self.hardware,
             self.threads,
+            # Rows from before the setting was recorded were measured under the system's own.
+            self.allocator or allocator.DEFAULT,
         )
 
     def times(self) -> list[float]:
@@ -93,17 +100,19 @@ def number(value: float) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The checkout's commit, with "+" where files differ from it; FUSED_PREACT_BENCH_COMMIT overrides."""
+    """The last commit that changed what is measured or how, with "+" where files differ from it.
+
+    Committing results or pages does not make another run of the same code. FUSED_PREACT_BENCH_COMMIT overrides.
+    """
     override = os.environ.get("FUSED_PREACT_BENCH_COMMIT")
     if override:
         return override
-    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
-    if not head:
+    measured = "fused_preact", "kernels", "setup.py", ":(glob)benchmarks/*.py"
+    git = "git", "-C", str(ROOT)
+    last = _output(*git, "log", "-1", "--format=%h", "--abbrev=10", "--", *measured)
+    if not last:
         return "unknown"
-    changed = _output(
-        "git", "-C", str(ROOT), "status", "--porcelain", "-uno", "--", "fused_preact", "kernels", "setup.py"
-    )
-    return head + ("+" if changed else "")
+    return last + ("+" if _output(*git, "status", "--porcelain", "-uno", "--", *measured) else "")
 
 
 def _output(*command: str) -> str:
@@ -148,7 +157,7 @@ def stamp(rows: Iterable[Row], device: str, threads: int, packages: Sequence[str
     for row in stamped:
         row.date, row.commit, row.device = now, commit(), device
         row.hardware, row.threads, row.versions = hardware(device), str(threads), versions(packages)
-        row.load = f"{os.getloadavg()[0]:.1f}"
+        row.allocator = row.allocator or allocator.name()
     return stamped
 
 
@@ -196,6 +205,24 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         newest[row.key] = row
     return list(newest.values())
+
+
+def repeats(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """The timed rows of each key that share commit and versions with its newest: the same thing measured again."""
+    rows = [r for r in rows if r.p50]
+    newest = {r.key: r for r in rows}
+    found: dict[tuple[str, ...], list[Row]] = {key: [] for key in newest}
+    for row in rows:
+        if (row.commit, row.versions) == (newest[row.key].commit, newest[row.key].versions):
+            found[row.key].append(row)
+    return found
+
+
+def fair(rows: Iterable[Row]) -> list[Row]:
+    """Without what was measured under the system's default allocator and also with freed memory kept."""
+    rows = list(rows)
+    kept = {r.key[:-1] for r in rows if r.key[-1] != allocator.DEFAULT}
+    return [r for r in rows if r.key[-1] != allocator.DEFAULT or r.key[:-1] not in kept]
 
 
 def to_json(rows: Iterable[Row]) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+from . import results
+from .allocator import DEFAULT
 from .results import Row
 
 BASE = "eager channels_last"
+Repeats = dict[tuple[str, ...], list[Row]]
+"""Several runs of each row, by its key."""
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
@@ -24,15 +29,18 @@ def groups(rows: Iterable[Row], key: Callable[[Row], tuple[str, ...]]) -> dict[t
 
 
 def setting(row: Row) -> tuple[str, ...]:
-    """What one table is about: network, dtype, batch, and what it ran on."""
-    return row.model, row.dtype, row.batch, row.device, row.hardware, row.threads
+    """What one table is about: network, dtype, batch, what it ran on, and the memory allocator's setting."""
+    return row.model, row.dtype, row.batch, row.device, row.hardware, row.threads, row.key[-1]
 
 
 def provenance(rows: list[Row]) -> str:
     """When, from which commit and with what the rows were measured."""
     last = max(rows, key=lambda r: r.date)
     threads = f", {last.threads} threads" if last.device == "cpu" else ""
-    return f"{last.hardware}{threads}; {last.date}, commit {last.commit}, load average {last.load}; {last.versions}"
+    busy = max((float(r.others) for r in rows if r.others), default=None)
+    others = "" if busy is None else f", others' load at most {busy:.2f} cores"
+    machine = f"{last.hardware}{threads}, allocator {last.key[-1]}"
+    return f"{machine}; {last.date}, commit {last.commit}{others}; {last.versions}"
 
 
 def ms(row: Row) -> str:
@@ -61,11 +69,17 @@ def _by(row: Row) -> str:
     return f"**{row.candidate}** ({row.backend})" if row.backend else row.candidate
 
 
-def networks(rows: list[Row], phase: str) -> list[str]:
+def over_runs(runs: Sequence[Row]) -> str:
+    """The least and the greatest median speed-up of several runs of one row."""
+    medians = [float(r.speedup_p50) for r in runs if r.speedup_p50]
+    return f"{min(medians):.2f}–{max(medians):.2f} ({len(medians)})" if len(medians) > 1 else "–"
+
+
+def networks(rows: list[Row], phase: str, repeats: Repeats) -> list[str]:
     """Whole networks: one line per candidate."""
     lines: list[str] = []
     for key, found in groups(rows, setting).items():
-        model, dtype, batch = key[:3]
+        model, dtype, batch, *_, memory = key
         shown = [r for r in found if r.phase == phase]
         measured = sorted((r for r in shown if r.status == "ok"), key=lambda r: float(r.p50))
         if not shown:
@@ -74,43 +88,97 @@ def networks(rows: list[Row], phase: str) -> list[str]:
         for r in measured:
             rate = f"{1e3 * int(batch) / float(r.p50):.4g}"
             spread = f"{float(r.speedup_p20):.2f}–{float(r.speedup_p80):.2f}" if r.speedup_p50 else "–"
-            body.append([_by(r), ms(r), rate, faster(r), spread, of_floor(r), r.rounds])
-        head = ["", "ms [p20, p80]", "images/s", f"over {BASE}", "p20–p80", "of its floor", "rounds"]
-        lines += [f"### {model}, {dtype}, batch {batch}", "", provenance(found), "", *table(head, body), ""]
+            runs = over_runs(repeats.get(r.key, []))
+            body.append([_by(r), ms(r), rate, faster(r), spread, runs, of_floor(r), r.rounds])
+        head = [
+            "",
+            "ms [p20, p80]",
+            "images/s",
+            f"over {BASE}",
+            "p20–p80",
+            "over runs (how many)",
+            "of its floor",
+        ]
+        head.append("rounds")
+        title = f"### {model}, {dtype}, batch {batch}"
+        title += ", the system's default allocator" if memory == DEFAULT else ""
+        lines += [title, "", provenance(found), "", *table(head, body), ""]
+        lines += [f"- {r.candidate}: {r.note}" for r in measured if r.note]
         # A candidate that was measured in one phase and broke in another is listed with what broke.
         lines += [f"- {r.candidate}: {r.status}" for r in found if r.status != "ok"]
-        lines += [""] if any(r.status != "ok" for r in found) else []
+        lines += [""] if any(r.status != "ok" or r.note for r in found) else []
     return lines
 
 
-def cases(rows: list[Row]) -> list[str]:
-    """Sites or units: one line per case, one column per candidate."""
+def faults(rows: list[Row]) -> list[str]:
+    """What each setting of the memory allocator makes a step cost in the kernel."""
+    body = []
+    for key, found in groups(rows, lambda r: (*setting(r), r.candidate)).items():
+        value = {r.phase: float(r.value) for r in found if r.value}
+        if "faults" in value and "kernel time" in value:
+            what = f"{key[0]}, {key[1]}, batch {key[2]}: {key[-1]}"
+            body.append([what, key[-2], f"{value['faults']:.0f}", f"{value['kernel time']:.2f}"])
+    body.sort(key=lambda cells: cells[0])
+    head = ["", "allocator", "page faults", "CPU seconds in the kernel"]
+    return ["### Page faults of a step", "", *table(head, body), ""] if body else []
+
+
+def cases(rows: list[Row], repeats: Repeats) -> list[str]:
+    """Sites or units: one line per case and dtype, one column per candidate."""
     lines: list[str] = []
-    for key, found in groups(rows, setting).items():
-        model, dtype, batch = key[:3]
+    for key, found in groups(rows, lambda r: (r.model, r.batch, *setting(r)[3:])).items():
+        model, batch = key[:2]
         names = [n for n in dict.fromkeys(r.candidate for r in found) if n != BASE]
-        head = ["", "in the net", f"{BASE}, ms", *names, "fused forward", "fused backward", "of its floor"]
+        head = [
+            "",
+            "in the net",
+            "dtype",
+            f"{BASE}, ms",
+            *names,
+            "fused forward",
+            "fused backward",
+            "of its floor",
+        ]
         body = []
-        for (case,), of_case in groups(found, lambda r: (r.case,)).items():
+        order = list(dict.fromkeys(r.case for r in found))
+        together = sorted(found, key=lambda r: order.index(r.case))
+        for (case, dtype), of_case in groups(together, lambda r: (r.case, r.dtype)).items():
             by = {(r.candidate, r.phase): r for r in of_case}
             failed = {r.candidate: r for r in of_case if r.status != "ok"}
             base, ours = by.get((BASE, "both")), by.get(("fused", "both"))
             if base is None or not base.p50:
                 continue
-            cells = [case, base.count, f"{float(base.p50):.4g}"]
+            cells = [case, base.count, dtype, f"{float(base.p50):.4g}"]
             cells += [faster(failed.get(n) or by.get((n, "both"))) for n in names]
             cells += [faster(by.get(("fused", p))) for p in ("forward", "backward")]
             body.append([*cells, of_floor(ours) if ours else "–"])
         backend = next((r.backend for r in found if r.backend), "")
-        lines += [f"### {model}, {dtype}, batch {batch}", "", provenance(found), ""]
+        lines += [f"### {model}, batch {batch}", "", provenance(found), ""]
         lines += [
             f"Speed-ups over {BASE}, forward and backward together; fused by {backend or 'nothing'}.",
             "",
         ]
         lines += [*table(head, body), ""]
-        lines += [f"- {r.case}: {r.candidate}: {r.status}" for r in found if r.status != "ok"]
+        lines += _drift(found, repeats)
+        lines += [f"- {r.case}, {r.dtype}: {r.candidate}: {r.status}" for r in found if r.status != "ok"]
         lines += [""] if any(r.status != "ok" for r in found) else []
     return lines
+
+
+def _drift(rows: list[Row], repeats: Repeats) -> list[str]:
+    """How far fused's median speed-ups of several runs lie apart, over the cases that have several."""
+    apart = []
+    for row in rows:
+        medians = [float(r.speedup_p50) for r in repeats.get(row.key, []) if r.speedup_p50]
+        if (row.candidate, row.phase) == ("fused", "both") and len(medians) > 1:
+            apart.append(100 * (max(medians) / min(medians) - 1))
+    if not apart:
+        return []
+    middle, most = statistics.median(apart), max(apart)
+    return [
+        f"Medians of fused over eager in separate runs lie {middle:.0f} % apart (median case), at most {most:.0f} %.",
+        "",
+    ]
 
 
 def memory(rows: list[Row]) -> list[str]:
@@ -195,6 +263,7 @@ def roofline(rows: list[Row]) -> list[str]:
 def summary(rows: list[Row]) -> list[str]:
     """The few figures that README shows: our step, inference and memory beside eager's and the best compiler's."""
     body = []
+    rows = results.fair(rows)
     memory_of = {(r.model, r.device, r.candidate): float(r.value) for r in rows if r.phase == "saved"}
     for key, found in groups([r for r in rows if r.command in ("step", "infer")], setting).items():
         for command, phase in (("step", "both"), ("infer", "forward")):
@@ -202,7 +271,7 @@ def summary(rows: list[Row]) -> list[str]:
             ours = by.get("fused optimized", by.get("fused"))
             if ours is None or not ours.p50:
                 continue
-            model, dtype, batch, device, hardware, _ = key
+            model, dtype, batch, device, hardware, *_ = key
             compilers = ("compile", "max-autotune", "inductor frozen")
             timed = [by[n] for n in compilers if n in by and by[n].p50]
             best = min(timed, key=lambda r: float(r.p50), default=None)

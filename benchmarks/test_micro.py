@@ -2,7 +2,8 @@
 
 A small set whose comparison files and histograms work as people know them (``--benchmark-autosave``,
 ``--benchmark-compare``, ``--benchmark-histogram``). Each candidate is checked against float64 before it is timed. The
-interleaved figures of ``python -m benchmarks op`` are the ones to quote: here candidates run one after the other.
+interleaved figures of ``python -m benchmarks op`` are the ones to quote: here candidates run one after the other,
+under the memory allocator's setting that pytest was started with (it is in ``extra_info``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import fused_preact
-from benchmarks import micro, networks, op
+from benchmarks import allocator, micro, networks, op
 from benchmarks.options import Setting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,5 +54,6 @@ def test_forward_backward(benchmark: Any, setting: Setting, site: str, candidate
             torch.cuda.synchronize()
 
     with fused_preact.backend(setting.backend):
+        benchmark.extra_info["allocator"] = allocator.name()
         benchmark.extra_info["backend"] = fused_preact.serving_backend(torch.empty(1, device=DEVICE))
         benchmark(once)

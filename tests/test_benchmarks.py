@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks import (  # noqa: E402
     compare,
     correct,
     counting,
+    cpu,
     gpu,
     measure,
     memory,
@@ -26,9 +26,9 @@ from benchmarks import (  # noqa: E402
     networks,
     op,
     options,
-    peers,
     report,
     results,
+    stages,
 )
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.options import Setting  # noqa: E402
@@ -78,27 +78,6 @@ def test_convolutions_of_a_network() -> None:
     assert sum(
         2 * c.c * c.k * c.kernel**2 * ((c.h - 1) // c.stride + 1) ** 2 for c in convs
     ) == pytest.approx(2 * 4.09e9, rel=0.002)
-
-
-# --- measuring --------------------------------------------------------------------------------------------
-
-
-def test_percentiles_and_paired_ratios() -> None:
-    assert measure.spread([5, 1, 2, 3, 4]) == pytest.approx((1.8, 3, 4.2))
-    # Both sides slow down by ten in the last round: the ratio does not see it.
-    assert measure.speedup([2, 2, 20], [1, 1, 10]) == (2, 2, 2)
-    with pytest.raises(ValueError, match="got none"):
-        measure.spread([])
-
-
-def test_failing_candidate_is_left_out() -> None:
-    def fail(i: int) -> None:
-        raise RuntimeError("no kernel for this")
-
-    candidates = [measure.Candidate("good", lambda i: i), measure.Candidate("bad", fail)]
-    measured = measure.interleave(candidates, torch.device("cpu"), 0, min_rounds=3)
-    assert measured.errors == {"bad": "RuntimeError: no kernel for this"}
-    assert len(measured.samples["good"].forward) == 3
 
 
 # --- wrong results have no speed --------------------------------------------------------------------------
@@ -177,7 +156,7 @@ def test_planted_slowdown_is_found(
 def _timed(samples: list[float], base: list[float], **columns: str) -> Row:
     row = Row(command="op", case="3x3", candidate="fused", phase="forward", **columns)
     found = {"fused": measure.Samples(samples), micro.BASE: measure.Samples(base)}
-    micro.fill(row, found, "forward", micro.BASE)
+    micro.fill(row, measure.Measured(found, {}, {}, None), "forward", micro.BASE)
     return row
 
 
@@ -197,8 +176,52 @@ def test_noise_is_no_regression() -> None:
     assert compare.changes([_timed(calm, base)], [slower_machine])[0].verdict == "same"
     # Nor is a base that happened to be faster.
     assert compare.changes([_timed(calm, base)], [_timed(calm, [1.0] * 5)])[0].verdict == "same"
+    other = compare.changes([_timed(calm, base, backend="cpu")], [_timed(calm, base, backend="reference")])[0]
+    assert other.reason == "served by cpu, then by reference"
     broken = Row(command="op", case="3x3", candidate="fused", status="REFUSED y: error")
     assert compare.changes([_timed(calm, base)], [broken])[0].verdict == "broken"
+
+
+def test_runs_of_the_same_code_count_together(tmp_path: Path) -> None:
+    """One run that happened to be slow is no regression where another of the same commit was not."""
+
+    def row(commit: str, ms: float) -> Row:
+        made = _timed([ms] * 5, [2.0] * 5, commit=commit)
+        return made
+
+    results.append(tmp_path / "op.csv", [row("old", 9.0), row("new", 1.0), row("new", 1.2)])
+    found = compare.read(str(tmp_path))
+    assert found is not None
+    assert [float(r.p50) for r in found] == [1.0, 1.2], "both runs of the newest commit, none of another"
+    results.append(tmp_path / "op.csv", [Row(**{**vars(row("new", 1.0)), "status": "REFUSED", "p50": ""})])
+    assert [r.status for r in compare.read(str(tmp_path)) or []] == ["REFUSED"]
+
+
+def test_commits_are_measured_back_and_forth(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything of the comparison of two commits but the builds and the runs themselves."""
+    measured = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        commit = env["FUSED_PREACT_BENCH_COMMIT"]
+        measured.append(commit)
+        assert env["PYTHONPATH"].startswith(f"site-{commit}")
+        folder = Path(command[command.index("--results") + 1])
+        results.append(
+            folder / "op.csv", [_timed([1.0 if commit == "a" else 1.3] * 5, [2.0] * 5, commit=commit)]
+        )
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(compare, "resolve", lambda name: None if name == "nothing" else name)
+    monkeypatch.setattr(compare, "install", lambda commit, folder: Path(f"site-{commit}"))
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    assert main(["compare", "a", "b", "--turns", "3"]) == 1
+    assert measured == ["a", "b", "b", "a", "a", "b"]
+    assert "slower    +30.0 %" in capsys.readouterr().out
+    for arguments in (["a", "nothing"], ["a", "b", "--turns", "0"]):
+        with pytest.raises(SystemExit):
+            main(["compare", *arguments])
 
 
 # --- memory -----------------------------------------------------------------------------------------------
@@ -250,6 +273,22 @@ def test_peak_grows_with_the_batch() -> None:
     assert 0.5 * saved < peak(64) < 4 * saved
 
 
+def test_a_peak_that_takes_too_long_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def peak(model: str, candidate: str, batch: int, setting: Setting, seconds: float) -> int:
+        if candidate == "compile":
+            raise subprocess.TimeoutExpired("memory", seconds)
+        return batch * 1000 + 50
+
+    monkeypatch.setattr(memory, "_peak", peak)
+    arguments = ["memory", "--model", SMALL, "--batch", "8", "--minutes", "0", "--budget", "1"]
+    assert main([*arguments, "--results", str(tmp_path)]) == 0
+    rows = {(r.candidate, r.phase): r for r in results.load(tmp_path / "memory.csv")}
+    assert rows["compile", "peak"].status == "stopped: no peak after 45 s"
+    assert float(rows["fused", "per image"].value) == 1000
+    weights = 3 * 4 * sum(p.numel() for p in networks.create(SMALL).parameters())
+    assert float(rows["fused", "fits 1 GiB"].value) == pytest.approx((2**30 - weights - 50) // 1000, rel=1e-4)
+
+
 # --- files and pages --------------------------------------------------------------------------------------
 
 
@@ -263,7 +302,7 @@ def _some_rows() -> list[Row]:
                 row.date, row.floor_ms, row.bytes, row.flops = "2026-01-01T00:00Z", "0.5", "1e6", "1e7"
                 samples = {name: measure.Samples([time] * 5, [time] * 5)}
                 samples[micro.BASE] = measure.Samples([2.0] * 5, [2.0] * 5)
-                micro.fill(row, samples, phase, micro.BASE)
+                micro.fill(row, measure.Measured(samples, {}, {}, 0.0), phase, micro.BASE)
                 rows.append(row)
     for name, value in ((micro.BASE, "2e6"), ("fused", "1e6")):
         row = Row(command="memory", model=SMALL, case="network", candidate=name, phase="saved", value=value)
@@ -305,6 +344,34 @@ def test_report_writes_pages_and_figures_from_the_files(tmp_path: Path) -> None:
     assert main([*arguments, "--check"]) == 1, "a figure changed by hand is found"
 
 
+def test_report_shows_runs_dtypes_and_allocators() -> None:
+    """Runs of a row give a range; fp32 and bf16 of a case are neighbours; the front page takes the fair allocator."""
+    rows = [Row(**{**vars(r), "commit": "c", "allocator": "kept"}) for r in _some_rows()]
+
+    def again(r: Row, speedup: str, **columns: str) -> Row:
+        return Row(**{**vars(r), "speedup_p50": speedup, **columns})
+
+    fused = [r for r in rows if r.candidate == "fused" and r.phase == "both"]
+    step = next(r for r in fused if r.command == "step")
+    rows += [
+        again(step, "9.99", commit="older"),
+        again(step, "1.20"),
+        again(step, "1.30", note="stopped: k rounds"),
+    ]
+    rows += [again(r, "1.50", dtype="bf16") for r in rows if r.command == "op"]
+    rows.append(again(step, "7.77", allocator=""))
+    text = report.page(rows)
+    assert "| 0.67–1.30 (3) |" in text
+    assert "- fused: stopped: k rounds" in text
+    table = [line for line in text.splitlines() if line.startswith("| 3x3 16->16 @32 |")]
+    assert [line.split("|")[3].strip() for line in table] == ["fp32", "bf16"]
+    assert f"### {SMALL}, fp32, batch 4, the system's default allocator" in text
+    assert "7.77×" in text
+    front = report.readme(f"{report.START}{report.END}", rows)
+    assert "1.30×" in front
+    assert "7.77×" not in front
+
+
 def test_committed_pages_follow_from_the_committed_results() -> None:
     assert main(["report", "--check"]) == 0
 
@@ -335,12 +402,12 @@ def test_gpu_command_says_what_it_did_not_reach(tmp_path: Path, capsys: pytest.C
     assert "not reached, run the command again" in capsys.readouterr().out
 
 
-def test_stages_of_the_gpu_command_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody would see a typing error in their arguments before a GPU is there."""
+def test_stages_of_the_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would see a typing error in their arguments before a GPU is there, or half an hour has passed."""
     pytest.importorskip("triton")
     from fused_preact.tune import cli as tune_cli
 
-    assert gpu.UNFINISHED == tune_cli.UNFINISHED
+    assert stages.UNFINISHED == tune_cli.UNFINISHED
     seen = []
 
     class Parsed(Exception):
@@ -353,34 +420,27 @@ def test_stages_of_the_gpu_command_parse(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(options, "parse", parse)
     setting = Setting("gpu", [], None, "bf16", "cuda", None, 8, 1, folder=Path("results"))
     for stage in gpu.stages():
-        command = gpu._command(stage, 0, setting)
+        command = stages._command(stage, 0, setting)
         if stage.module != "benchmarks":
             seen.append(tune_cli._parser().parse_args(command[3:]))
             continue
         with pytest.raises(Parsed):
             main(command[3:])
     assert all(args.device == "cuda" for args in seen)
+    seen.clear()
+    setting = Setting("cpu", [], None, "fp32", "cpu", None, 35, 2, folder=Path("results"))
+    for stage in cpu.stages():
+        with pytest.raises(Parsed):
+            main(stages._command(stage, 0, setting)[3:])
+    assert {args.command for args in seen} == {
+        "op", "unit", "step", "infer", "memory", "roofline", "overhead",
+    }  # fmt: skip
+    assert sum(args.minutes for args in seen) < 29.5, (
+        "and a quarter of a minute each for what is not measuring"
+    )
+    assert len({stage.name for stage in cpu.stages()}) == len(seen), "a finished stage is known by its name"
     # What matters most comes within the promised eight minutes.
     assert sum(s.seconds for s in gpu.stages()[:7]) < 9 * 60
-
-
-def test_a_peer_replaces_operators_only_inside_its_blocks() -> None:
-    state = []
-
-    @contextlib.contextmanager
-    def entered():
-        state.append("in")
-        yield
-        state.append("out")
-
-    candidate = measure.Candidate("peer", lambda i: state.append("run"), None, entered)
-    measured = measure.interleave([candidate], torch.device("cpu"), 0, min_rounds=1, max_rounds=1, block_ms=0)
-    assert measured.errors == {}
-    assert state == ["in", "run", "out"] * 4, "two warm-ups, one calibration, one round"
-    assert [p.name for p in peers.training(Setting("step", [], 2, "bf16", "cuda", ["FlagGems"], 1, 1))] == [
-        peers.BASE,
-        "FlagGems",
-    ]
 
 
 def test_cases_cover_the_networks() -> None:
