@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(
         "fused_preact::conv_backward", dy_, pending, weight, x_, bn, da_, residual_grad, stride, padding, dilation,
         groups, training, apply, weight_grad);
   }
-  if (takes_split_path(x_, groups) || !takes_one_pass(weight, weight_grad)) {
+  if (takes_split_path(x_, weight, stride, groups) || !takes_one_pass(weight, weight_grad)) {
     return one_by_one(
         dy_, pending, weight, x_, bn, da_, residual_grad, stride, padding, dilation, groups, training, apply,
         weight_grad);

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
         "fused_preact::conv_dgrad", dy_, weight, x_, scale_, shift_, mean_, da_, stride, padding, dilation, groups);
   }
   const bool masked = scale_.has_value() && shift_.has_value() && mean_.has_value();
-  if (takes_split_path(x_, groups)) {
+  if (takes_split_path(x_, weight, stride, groups)) {
     return split_dgrad(dy_, weight, x_, scale_, shift_, mean_, da_, stride, padding, dilation, groups);
   }
   const Tensor dy = nhwc(dy_), x = nhwc(x_);

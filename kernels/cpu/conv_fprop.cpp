@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
         "fused_preact::conv_fprop", x_, scale_, shift_, weight, bias_, residual_, stride, padding, dilation, groups,
         stats, relu);
   }
-  if (takes_split_path(x_, groups)) {
+  if (takes_split_path(x_, weight, stride, groups)) {
     return split_fprop(x_, scale_, shift_, weight, bias_, residual_, stride, padding, dilation, groups, stats, relu);
   }
   const bool prologue = scale_.has_value() && shift_.has_value();

@@ -142,7 +142,7 @@ Tensor conv_wgrad(
     return call_reference<decltype(conv_wgrad)>(
         "fused_preact::conv_wgrad", dy_, x_, scale_, shift_, weight, stride, padding, dilation, groups);
   }
-  if (takes_split_path(x_, groups)) {
+  if (takes_split_path(x_, weight, stride, groups)) {
     return split_wgrad(dy_, x_, scale_, shift_, weight, stride, padding, dilation, groups);
   }
   const Tensor dy = nhwc(dy_), x = nhwc(x_), scale = floats(scale_), shift = floats(shift_);

@@ -7,7 +7,7 @@ namespace fused_preact {
 
 // Whether the split path serves convolutions of this dtype, or this one, rather than the tiles.
 bool takes_split_path(at::ScalarType dtype);
-bool takes_split_path(const Tensor& x, int64_t groups);
+bool takes_split_path(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, int64_t groups);
 
 std::tuple<Tensor, Tensor, Tensor> split_fprop(
     const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& weight,
