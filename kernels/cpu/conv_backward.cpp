@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(
   const Tensor dw = at::zeros({shape.k, shape.r * shape.s, shape.c}, at::kFloat);
   for (const Grid& grid : shape.backward_grids()) {
     const PackedWeights packed = pack_backward(weight, grid);
-    const Tiling tiling(grid, packed.depth, packed.columns);
+    const Tiling tiling(grid, packed.depth);
     const Tasks tasks(packed, tiling, shape.n * shape.oh * shape.ow * packed.depth);
     const WgradSum sum(packed, tasks.ranges);
     const int64_t size = round_up(tasks.block_panels * PackedWeights::kPanel, kLanes);

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
   }
   for (const Grid& grid : shape.backward_grids()) {
     const PackedWeights packed = pack_backward(weight, grid);
-    const Tiling tiling(grid, packed.depth, packed.columns);
+    const Tiling tiling(grid, packed.depth);
     const Tasks tasks(packed, tiling);
     FUSED_PREACT_DISPATCH(dtype, "conv_dgrad", [&] {
       const Source<scalar_t> source{dy.const_data_ptr<scalar_t>(), shape.k};

@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   const ConvShape shape(x.sizes(), weight.sizes(), stride, padding, dilation);
   const Grid grid = shape.forward_grid();
   const PackedWeights packed = pack_forward(weight);
-  const Tiling tiling(grid, packed.depth, packed.columns);
+  const Tiling tiling(grid, packed.depth);
   const Tasks tasks(packed, tiling);
   const Tensor y = empty_nhwc({shape.n, shape.k, shape.oh, shape.ow}, x);
   Tensor ones;

@@ -142,7 +142,7 @@ int64_t balanced(int64_t total, int64_t target) {
 
 } // namespace
 
-Tiling::Tiling(const Grid& grid, int64_t depth, int64_t columns) {
+Tiling::Tiling(const Grid& grid, int64_t depth) {
   const int64_t taps = static_cast<int64_t>(grid.taps.size());
   std::tie(window_h, window_w) = dense_window(grid);
   band = window_w > 1;

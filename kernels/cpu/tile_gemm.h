@@ -55,7 +55,7 @@ struct Tiling {
   int64_t tiles;
   int64_t chunk_taps; // taps gathered at a time
 
-  Tiling(const Grid& grid, int64_t depth, int64_t columns);
+  Tiling(const Grid& grid, int64_t depth);
 };
 
 // The work of an op in tasks: blocks of column panels times ranges of tiles. One block is the rule. With a second
