@@ -163,21 +163,3 @@ def test_a_large_block_is_used_again():
     assert torch.equal(first, third)
     third.resize_((2, 64, 400, 400), memory_format=torch.channels_last)
     assert torch.equal(third[:1], first)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_past_the_caches(dtype: torch.dtype) -> None:
-    """A large unit gradient is stored by another instruction on its way: the bits are those of the two operations."""
-    channels_last = torch.channels_last
-    x = torch.randn(96, 64, 32, 32).to(dtype).contiguous(memory_format=channels_last)
-    dy = torch.randn(96, 16, 32, 32).to(dtype).contiguous(memory_format=channels_last)
-    weight = torch.randn(16, 64, 1, 1).to(dtype).contiguous(memory_format=channels_last)
-    assert x.nbytes >= 12 << 20
-    mean, rstd = torch.randn(64), torch.rand(64) + 0.5
-    bn = [torch.randn(64), torch.randn(64), mean, rstd]
-    conv = ((1, 1), (0, 0), (1, 1), 1)
-    ops = torch.ops.fused_preact
-    g, sum_g, sum_gx, _ = ops.conv_backward(dy, [], weight, x, bn, None, None, *conv, True, False, True)
-    wanted = ops.bn_backward_apply(g, x, mean, bn[0], rstd, sum_g, sum_gx, True, x)
-    dx, _, _, _ = ops.conv_backward(dy, [], weight, x, bn, None, x, *conv, True, True, True)
-    assert torch.equal(dx, wanted)

@@ -91,14 +91,6 @@ bool takes_one_pass(const Tensor& weight, bool weight_grad) {
   return weight_grad && weight.numel() < (1 << 20);
 }
 
-// Whether g goes past the caches, where a later pass applies the BN backward to it. A plain store fetches the line first:
-// 15 GB/s on two cores, against 38 GB/s past the caches (and 45 to read). ResNet-164's 64 -> 16 at 32x32 took 6.9 ms, then
-// 4.8. What the next operation reads at once (a forward's y, the masked g inside a unit) gained nothing in whole steps.
-bool streams(const Tensor& g) {
-  return g.nbytes() >= (12 << 20) && g.size(1) * g.element_size() % 64 == 0 &&
-      reinterpret_cast<uintptr_t>(g.const_data_ptr()) % 64 == 0;
-}
-
 // The operations that this one joins, one after the other.
 std::tuple<Tensor, Tensor, Tensor, Tensor> one_by_one(
     const Tensor& dy_, at::TensorList pending, const Tensor& weight, const Tensor& x, at::TensorList bn,
@@ -166,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(
       }
       const JointEpilogue<scalar_t> epilogue{
           {x.const_data_ptr<scalar_t>(), data<scalar_t>(da), g.mutable_data_ptr<scalar_t>(), shape.c,
-           Affine{pointer(scale), pointer(shift)}, pointer(mean), &sum_g, &sum_gx, apply && streams(g)},
+           Affine{pointer(scale), pointer(shift)}, pointer(mean), &sum_g, &sum_gx},
           &sum, transposed};
       run_tiles(grid, source, packed, tiling, tasks, size * (2 + transposed), epilogue);
     });

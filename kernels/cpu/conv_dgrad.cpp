@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
       const DgradEpilogue<scalar_t> epilogue{
           x.const_data_ptr<scalar_t>(), data<scalar_t>(da), g.mutable_data_ptr<scalar_t>(), shape.c,
           masked ? Affine{pointer(scale), pointer(shift)} : Affine{nullptr, nullptr},
-          masked ? pointer(mean) : nullptr, masked ? &*sum_g : nullptr, masked ? &*sum_gx : nullptr, false};
+          masked ? pointer(mean) : nullptr, masked ? &*sum_g : nullptr, masked ? &*sum_gx : nullptr};
       run_tiles(grid, source, packed, tiling, tasks, 2 * round_up(shape.c, kLanes), epilogue);
     });
   }

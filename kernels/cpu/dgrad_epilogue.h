@@ -15,7 +15,6 @@ struct DgradEpilogue {
   Affine bn; // scale null: no mask, no sums
   const float* mean;
   PartSums *total_g, *total_gx;
-  bool streamed;
   float *sum_g = nullptr, *sum_gx = nullptr;
   int64_t range = 0, first = 0, columns = 0;
 
@@ -37,7 +36,7 @@ struct DgradEpilogue {
       loops<T>().dgrad_epilogue(
           panel.acc == nullptr ? nullptr : panel.acc + run.row * panel.acc_stride, panel.acc_stride, run.count,
           panel.channels, x + at, da == nullptr ? nullptr : da + at, g + at, run.dst_step * channels, affine,
-          mean == nullptr ? nullptr : mean + c, sum_g + (c - first), sum_gx + (c - first), streamed);
+          mean == nullptr ? nullptr : mean + c, sum_g + (c - first), sum_gx + (c - first));
     }
   }
 

@@ -7,6 +7,7 @@
 #include "loops_table.h"
 
 #define ISA default_isa
+#define FP_VECTOR_BITS 128
 #include "loops_body.h"
 
 namespace fused_preact {

@@ -61,10 +61,10 @@ struct Loops {
       const T* residual, T* y, int64_t y_stride, Moments moments, bool first);
 
   // g = (acc + da) [z > 0], sum g and sum g (x - mean) of the stored g. acc null: zeros; da null: none;
-  // bn.scale null: g = acc, no mask and no sums. `streamed`: g goes past the caches; its rows are aligned to 64 bytes.
+  // bn.scale null: g = acc, no mask and no sums.
   void (*dgrad_epilogue)(
       const float* acc, int64_t acc_stride, int64_t rows, int64_t channels, const T* x, const T* da, T* g,
-      int64_t stride, Affine bn, const float* mean, float* sum_g, float* sum_gx, bool streamed);
+      int64_t stride, Affine bn, const float* mean, float* sum_g, float* sum_gx);
 
   // Moments of rows of x.
   void (*moments)(const T* x, int64_t x_stride, int64_t rows, int64_t channels, Moments moments);

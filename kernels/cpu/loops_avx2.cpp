@@ -5,6 +5,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define ISA avx2_isa
+#define FP_VECTOR_BITS 256
 #include "loops_body.h"
 #pragma GCC pop_options
 

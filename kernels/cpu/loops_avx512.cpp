@@ -5,6 +5,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #define ISA avx512_isa
+#define FP_VECTOR_BITS 512
 #include "loops_body.h"
 #pragma GCC pop_options
 

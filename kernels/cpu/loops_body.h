@@ -1,7 +1,9 @@
 // The element loops, compiled once per instruction set (so no include guard): the including file sets ISA, a
-// namespace, and the compiler's target. Vectors are GCC/Clang vector extensions of 16 floats: one AVX-512
-// register, two of AVX2, four of SSE or NEON. Nothing here may instantiate a function of another header: the
-// linker would keep one copy of it, perhaps the one with instructions that the processor lacks.
+// namespace, FP_VECTOR_BITS and the compiler's target. Vectors are GCC/Clang vector extensions of 16 floats: one
+// AVX-512 register, two of AVX2, four of SSE or NEON. FP_VECTOR_BITS says whose intrinsics may be used: the compiler's
+// own macros (__AVX512F__) do not follow `#pragma GCC target` in C++ before GCC 13. Nothing here may instantiate a
+// function of another header: the linker would keep one copy of it, perhaps the one with instructions that the
+// processor lacks.
 
 namespace fused_preact::ISA {
 
@@ -34,7 +36,7 @@ FP_INLINE vf load(const c10::BFloat16* p) {
 }
 
 FP_INLINE vf load(const c10::Half* p) {
-#if defined(__AVX512F__)
+#if FP_VECTOR_BITS >= 512
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #else
   vf v;
@@ -61,7 +63,7 @@ FP_INLINE void store(c10::BFloat16* p, vf v) {
 }
 
 FP_INLINE void store(c10::Half* p, vf v) {
-#if defined(__AVX512F__)
+#if FP_VECTOR_BITS >= 512
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < 16; i++) {
@@ -120,41 +122,6 @@ FP_INLINE void put(T* p, vf v, int64_t n) {
   store(buffer, v);
   for (int64_t i = 0; i < n; i++) {
     p[i] = buffer[i];
-  }
-}
-
-// A store that goes past the caches. `to` is aligned to the 16 values; where the processor has none, a plain store.
-// No fence here: the locked instructions of the barrier behind a parallel region are one.
-FP_INLINE void stream(float* to, vf v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(to, (__m512)v);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(to, ((const __m256*)&v)[0]);
-  _mm256_stream_ps(to + 8, ((const __m256*)&v)[1]);
-#else
-  store(to, v);
-#endif
-}
-
-template <typename T>
-FP_INLINE void stream(T* to, vf v) {
-#if defined(__AVX2__)
-  T buffer[16];
-  store(buffer, v);
-  __m256i bits;
-  __builtin_memcpy(&bits, buffer, sizeof bits);
-  _mm256_stream_si256((__m256i*)to, bits);
-#else
-  store(to, v);
-#endif
-}
-
-template <bool TAIL, typename T>
-FP_INLINE void put(T* to, vf v, int64_t n, bool streamed) {
-  if (!TAIL && streamed) {
-    stream(to, v);
-  } else {
-    put<TAIL>(to, v, n);
   }
 }
 
@@ -394,7 +361,7 @@ void fprop_epilogue(
 template <int B, bool TAIL, typename T>
 FP_INLINE void dgrad_block(
     int64_t c, int64_t n, const float* acc, int64_t acc_stride, int64_t rows, const T* x, const T* da, T* g,
-    int64_t stride, Affine bn, const float* mean, float* sum_g, float* sum_gx, bool streamed) {
+    int64_t stride, Affine bn, const float* mean, float* sum_g, float* sum_gx) {
   if (bn.scale == nullptr) {
     for (int64_t r = 0; r < rows; r++) {
       for (int b = 0; b < B; b++) {
@@ -431,7 +398,7 @@ FP_INLINE void dgrad_block(
         }
         const vf value = get<TAIL>(x + r * stride + at, n);
         v = scale[b] * value + shift[b] <= 0.0f ? vf{} : v;
-        put<TAIL>(g + r * stride + at, v, n, streamed);
+        put<TAIL>(g + r * stride + at, v, n);
         v = stored(v, g);
         part_s[b] += v;
         part_sx[b] += v * (value - mu[b]);
@@ -451,9 +418,9 @@ FP_INLINE void dgrad_block(
 template <typename T>
 void dgrad_epilogue(
     const float* acc, int64_t acc_stride, int64_t rows, int64_t channels, const T* x, const T* da, T* g,
-    int64_t stride, Affine bn, const float* mean, float* sum_g, float* sum_gx, bool streamed) {
+    int64_t stride, Affine bn, const float* mean, float* sum_g, float* sum_gx) {
   FP_OVER_CHANNELS(
-      dgrad_block, channels, acc, acc_stride, rows, x, da, g, stride, bn, mean, sum_g, sum_gx, streamed);
+      dgrad_block, channels, acc, acc_stride, rows, x, da, g, stride, bn, mean, sum_g, sum_gx);
 }
 
 #include "loops_passes.h"

@@ -1,7 +1,7 @@
 // Part of loops_body.h: the loops without a storage type.
 
 FP_INLINE void transpose_16x16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
-#if defined(__AVX512F__)
+#if FP_VECTOR_BITS >= 512
   __m512 r[16], t[16];
   for (int i = 0; i < 16; i++) {
     r[i] = _mm512_loadu_ps(in + i * in_stride);

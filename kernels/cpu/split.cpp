@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> split_dgrad(
         std::memset(sums, 0, 2 * size * sizeof(float));
         loops<scalar_t>().dgrad_epilogue(
             nullptr, 0, rows, channels, in + first * channels, g + first * channels, g + first * channels, channels,
-            {pointer(scale), pointer(shift)}, pointer(mean), sums, sums + size, false);
+            {pointer(scale), pointer(shift)}, pointer(mean), sums, sums + size);
         sum_g.add(part, sums, 0, channels);
         sum_gx.add(part, sums + size, 0, channels);
       }
