@@ -349,13 +349,17 @@ def table(requested: str, x: Tensor) -> Any:
     if torch.compiler.is_compiling():
         return _dispatched
     if requested == "triton":
-        return _triton  # also for the interpreter's CPU tensors, which the dispatcher would send elsewhere
+        # Also for the interpreter's CPU tensors, which the dispatcher would send elsewhere.
+        return _triton if _beyond_triton((x,)) else _triton_table()
     if (
         (x.is_cuda or x.is_xpu)
+        and _triton_missing() is None
+        and not _beyond_triton((x,))
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
     ):
         # Where the dispatcher would come back to Python by a way that costs more than the launches. Modes that want
-        # to see the ops (selective checkpointing, FLOP counters) and subclasses still go through it.
-        return _triton
+        # to see the ops (selective checkpointing, FLOP counters) and subclasses still go through it. What Triton can
+        # serve of the unit's input it can serve of the unit.
+        return _triton_table()
     return _dispatched

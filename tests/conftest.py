@@ -89,3 +89,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in modules:
         if hasattr(module, "torch"):
             monkeypatch.setattr(module, "torch", poisoning)
+        for name in ("empty_floats", "empty_image"):
+            if hasattr(module, name):
+                allocate = getattr(module, name)
+                monkeypatch.setattr(
+                    module, name, lambda *args, allocate=allocate: allocate(*args).fill_(torch.nan)
+                )

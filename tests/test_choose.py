@@ -158,7 +158,7 @@ def test_one_loop_over_the_taps(
     s = make_site(case, dtype, device)
     d = s.double()
     flat, nested = ConvConfig(64, 32, 64, 4, 3), ConvConfig(64, 32, 64, 8, 3)
-    geometry = Geometry.of(s.x, s.weight, *s.constants)
+    geometry = Geometry.of(s.x.shape, s.weight.shape, *s.constants)
     for depth in (geometry.c, geometry.k):
         assert flat_taps(geometry, depth, flat)
         assert not flat_taps(geometry, depth, nested)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,11 +138,18 @@ def test_float64_is_served_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(y, expected)
 
 
-def test_a_launcher_keeps_the_compiled_kernel() -> None:
-    """Triton binds the first launch of a kind, and those of tensors at addresses that are no multiples of 16."""
+def test_a_launcher_keeps_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton binds the first launch of a kind, those at addresses that are no multiples of 16, of a device that is
+    not the current one, and those that a profiler listens to.
+    """
+    import triton
+
     from fused_preact.kernels.triton.common import Launcher
 
     bound, launched = [], []
+    current = [-1]  # a CPU tensor's device
+    driver = SimpleNamespace(get_current_device=lambda: current[0], get_current_stream=lambda device: 5)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
 
     class Kernel:
         """A JIT function as far as a launcher looks."""
@@ -151,24 +159,35 @@ def test_a_launcher_keeps_the_compiled_kernel() -> None:
         def __getitem__(self, grid):
             def run(*arguments, num_warps, num_stages):
                 bound.append((grid, arguments, num_warps, num_stages))
-                return Compiled()
+                return SimpleNamespace(
+                    run=lambda *arguments: launched.append(arguments), function="code", packed_metadata="meta"
+                )
 
             return run
-
-    class Compiled:
-        def __getitem__(self, grid):
-            return lambda *arguments: launched.append((grid, arguments))
 
     launcher = Launcher(Kernel(), (3,), num_warps=4, num_stages=2, BLOCK_M=64, rows=7)
     x = torch.zeros(65)
     launcher(x, None)
     assert bound == [((3, 1, 1), (x, None, 7, 64), 4, 2)]
     launcher(x, None)
-    assert launched == [((3, 1, 1), (x, None, 7, 64))]
+    assert launched == [(3, 1, 1, 5, "code", "meta", None, None, None, x.data_ptr(), 0, 7, 64)]
     for other in (x[1:], x[1:], x.double()):
         launcher(other, None)
     assert (len(bound), len(launched)) == (4, 1)
     launcher(x, None)
-    assert (len(bound), len(launched)) == (4, 2)
+    launcher(x.double(), None)
+    launcher(x, None)
+    assert (len(bound), len(launched)) == (4, 4)
+    current[0] = 0
+    launcher(x, None)
+    assert (len(bound), len(launched)) == (5, 4)
+    current[0] = -1
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(print)
+    try:
+        launcher(x, None)
+    finally:
+        hook.remove(print)
+    assert (len(bound), len(launched)) == (6, 4)
     with pytest.raises(KeyError):
         Launcher(Kernel(), (3,), 4, rows=7, other=64)

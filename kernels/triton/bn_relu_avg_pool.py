@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_format_of, bn_backward, bn_relu, cdiv, channels_last, empty_image, launch, relu_mask
+from .common import (
+    as_format_of,
+    bn_backward,
+    bn_relu,
+    cdiv,
+    channels_last,
+    empty_floats,
+    empty_image,
+    launch,
+    relu_mask,
+)
 from .configs import tile_config
 from .finalize import sum_partials
 
@@ -129,7 +139,7 @@ def bn_relu_avg_pool_reduce(
     """sum g and sum g (x - mu), float32 [C] each, with g = dy / (H W) [z > 0]; ``dy`` [N,C] with any strides."""
     x, dy = channels_last(x), dy.contiguous()
     n, channels = x.shape[:2]
-    partials = torch.empty((n, 2 * channels), dtype=torch.float32, device=x.device)
+    partials = empty_floats(x, n, 2 * channels)
     _launch_head(
         _bn_relu_avg_pool_reduce_kernel,
         x,
@@ -140,7 +150,7 @@ def bn_relu_avg_pool_reduce(
         mean_ptr=mean,
         partials_ptr=partials,
     )
-    sum_g, sum_gx = torch.empty_like(scale), torch.empty_like(scale)
+    sum_g, sum_gx = empty_floats(x, channels), empty_floats(x, channels)
     sum_partials(partials, sum_g, sum_gx)
     return sum_g, sum_gx
 

@@ -15,6 +15,7 @@ from .common import (
     cdiv,
     channels_last,
     device_of,
+    empty_floats,
     power_of_two,
     store_statistics,
     tile_statistics,
@@ -120,7 +121,7 @@ def _statistics(x: Tensor, added: Tensor | None, y: Tensor | None) -> tuple[Tens
     n, channels, height, width = x.shape
     rows = n * height * width
     launcher, tiles, rows_per_tile = _launcher(rows, channels, added is not None, device_of(x))
-    partials = torch.empty((tiles, 3, channels), dtype=torch.float32, device=x.device)
+    partials = empty_floats(x, tiles, 3, channels)
     launcher(x, added, y, partials)
     return merge_statistics(partials, rows_per_tile, rows)
 
@@ -151,8 +152,9 @@ def bn_scale_shift(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s = gamma r, t = beta - mu s and r = (v + eps)^-1/2, each float32 [C]."""
-    scale, shift, rstd = torch.empty_like(var), torch.empty_like(var), torch.empty_like(var)
-    launcher = _scale_shift_launcher(mean.shape[0], eps, weight is not None, bias is not None)
+    channels = mean.shape[0]
+    scale, shift, rstd = (empty_floats(mean, channels) for _ in range(3))
+    launcher = _scale_shift_launcher(channels, eps, weight is not None, bias is not None)
     launcher(mean, var, weight, bias, scale, shift, rstd)
     return scale, shift, rstd
 

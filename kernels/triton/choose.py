@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,18 @@ from .common import Device, device_of, dot_precision
 from .configs import ConvConfig, heuristic
 from .geometry import Geometry
 
-__all__ = ["Choice", "Problem", "applies_on_load", "asked", "choose", "chosen", "forced"]
+__all__ = [
+    "Call",
+    "Choice",
+    "Problem",
+    "applies_on_load",
+    "asked",
+    "call_of",
+    "choose",
+    "chosen",
+    "forced",
+    "planned",
+]
 
 
 class Problem(NamedTuple):
@@ -65,26 +76,86 @@ _forced_apply: Choice | None = None
 _asked: list[Problem] | None = None
 
 
-def choose(op: str, geometry: Geometry, x: Tensor, *extras: str) -> Choice:
-    """The choice for one call on tensors like ``x``."""
-    problem = Problem(op, geometry, x.dtype, dot_precision(x), extras)
+class Call(NamedTuple):
+    """What a launch depends on of a convolution's tensors and constants."""
+
+    x: torch.Size
+    weight: torch.Size
+    dtype: torch.dtype
+    precision: str
+    device: Device
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes."""
+        return Geometry.of(self.x, self.weight, self.stride, self.padding, self.dilation, self.groups)
+
+
+def call_of(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Call:
+    """The call on ``x`` [N,C,H,W] and ``weight`` [K,C/groups,R,S]."""
+    constants = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    return Call(x.shape, weight.shape, x.dtype, dot_precision(x), device_of(x), *constants)
+
+
+_Plan = TypeVar("_Plan")
+
+
+def planned(make: Callable[..., _Plan]) -> Callable[..., _Plan]:
+    """``make(call, ...)`` remembered for each of its arguments, until the tables or what is forced change.
+
+    It may ask :func:`choose`, which costs more than all the rest of a launch. While :func:`asked` listens nothing is
+    remembered, so that every call is heard.
+    """
+
+    @functools.lru_cache(maxsize=4096)
+    def remembered(forced: Choice | None, forced_apply: Choice | None, *arguments: Any) -> _Plan:
+        return make(*arguments)
+
+    @functools.wraps(make)
+    def plan(*arguments: Any) -> _Plan:
+        if _asked is not None:
+            return make(*arguments)
+        return remembered(_forced, _forced_apply, *arguments)
+
+    _plans.append(remembered)
+    return plan
+
+
+_plans: list[Any] = []
+
+
+def choose(op: str, call: Call, *extras: str) -> Choice:
+    """The choice for one call."""
+    problem = Problem(op, call.geometry, call.dtype, call.precision, extras)
     if _asked is not None:
         _asked.append(problem)
     forced = _forced_apply if op == "apply" else _forced
-    if forced is not None and geometry.groups == 1:
+    if forced is not None and call.groups == 1:
         return forced
-    return chosen(problem, device_of(x))
+    return chosen(problem, call.device)
 
 
-def applies_on_load(geometry: Geometry, x: Tensor, weight_grad: bool) -> bool:
+@planned
+def applies_on_load(call: Call, weight_grad: bool) -> bool:
     """Whether dgrad and wgrad apply the BN backward behind the convolution where they read it; else it is stored."""
-    wanted = choose("apply", geometry, x, *("weight_grad",) * weight_grad).path == "loaded"
+    wanted = choose("apply", call, *("weight_grad",) * weight_grad).path == "loaded"
     if not wanted and _asked is None:
         return False  # the tuner wants to hear of both ways
     # A library convolution reads what is stored.
-    configs = [choose("dgrad", geometry, x, "masked", "pending").config]
+    configs = [choose("dgrad", call, "masked", "pending").config]
     if weight_grad:
-        configs.append(choose("wgrad", geometry, x, "pending").config)
+        configs.append(choose("wgrad", call, "pending").config)
     return wanted and None not in configs
 
 
@@ -127,7 +198,8 @@ _L2_SPEED = 2
 def reload() -> None:
     """Read the tables again: for the tuner, which has just written one."""
     tables.reload()
-    chosen.cache_clear()
+    for remembered in (chosen, *_plans):
+        remembered.cache_clear()
 
 
 @contextlib.contextmanager

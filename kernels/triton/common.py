@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -135,13 +136,26 @@ def device_of(x: Tensor) -> Device:
     return _recorded_device or _device_properties(x.device)
 
 
+class _Ready(NamedTuple):
+    """A compiled kernel as its driver launches it; binding some forty arguments anew would cost more than that."""
+
+    kinds: list[torch.dtype | None]
+    """The tensors' dtypes that it was compiled for, None where there was none."""
+    device: int
+    run: Any
+    function: Any
+    metadata: Any
+    current_device: Any
+    current_stream: Any
+
+
 class Launcher:
     """A kernel with all its arguments but the tensors: what a signature determines, put together once.
 
-    ``scalars`` are the kernel's arguments behind its tensors, by name. Called with the tensors in the kernel's order.
-    Triton would bind some forty arguments and look for the compiled kernel at each launch; here the compiled kernel
-    is kept for each device and the dtypes of the tensors. It was compiled for addresses that are multiples of 16,
-    which whole tensors have: others take Triton's own way.
+    ``scalars`` are the kernel's arguments behind its tensors, by name. Called with the tensors in the kernel's
+    order. The first launch of a kind is Triton's own; then the compiled kernel is kept and launched directly. It was
+    compiled for addresses that are multiples of 16, which whole tensors have: others take Triton's own way, and so
+    do devices that are not the current one and launches that a profiler's hook wants to hear of.
     """
 
     def __init__(
@@ -151,33 +165,60 @@ class Launcher:
         self._grid = grid + (1,) * (3 - len(grid))
         self._values = tuple(scalars[name] for name in self._names[-len(scalars) :])
         self._num_warps, self._num_stages = num_warps, num_stages
-        self._compiled: dict[Any, Any] = {}
+        self._ready: _Ready | None = None
+        """What was launched last; with it the dtypes and the device are compared, not hashed."""
+        self._others: dict[Any, _Ready] = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        arguments = (*tensors, *self._values)
-        if _recorded is not None:
-            named = dict(zip(self._names, arguments, strict=True))
-            _recorded.append(Launch(self._kernel, self._grid, named, self._num_warps, self._num_stages))
-            return
         first = tensors[0]
         assert first is not None, "a kernel's first tensor is never optional"
-        addresses = 0
-        kind: list[Any] = [first.device]
-        for t in tensors:
-            if t is not None:
-                addresses |= t.data_ptr()
-                kind.append(t.dtype)
-        key = tuple(kind)
-        compiled = None if addresses % 16 else self._compiled.get(key)
-        with _current(first.device):
-            if compiled is not None:
-                compiled[self._grid](*arguments)
-                return
-            compiled = self._kernel[self._grid](
-                *arguments, num_warps=self._num_warps, num_stages=self._num_stages
+        if _recorded is not None:
+            named = dict(zip(self._names, (*tensors, *self._values), strict=True))
+            _recorded.append(Launch(self._kernel, self._grid, named, self._num_warps, self._num_stages))
+            return
+        # Comprehensions over the tensors, not one loop: this is run some ten times for each site of a network.
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        kinds = [t if t is None else t.dtype for t in tensors]
+        index = first.get_device()
+        ready = self._ready
+        if ready is None or ready.kinds != kinds or ready.device != index:
+            ready = self._others.get((index, *kinds))
+        aligned = not functools.reduce(operator.or_, addresses) & 15
+        if ready is not None and aligned and ready.current_device() == index and not _hooked():
+            stream = ready.current_stream(index)
+            ready.run(
+                *self._grid,
+                stream,
+                ready.function,
+                ready.metadata,
+                None,
+                None,
+                None,
+                *addresses,
+                *self._values,
             )
-        if not addresses % 16:
-            self._compiled[key] = compiled  # None from the interpreter
+            return
+        with _current(first.device):
+            compiled = self._kernel[self._grid](
+                *tensors, *self._values, num_warps=self._num_warps, num_stages=self._num_stages
+            )
+        if ready is None and aligned and compiled is not None:  # the interpreter compiles nothing
+            driver = triton.runtime.driver.active
+            self._ready = self._others[(index, *kinds)] = _Ready(
+                kinds,
+                index,
+                compiled.run,
+                compiled.function,
+                compiled.packed_metadata,
+                driver.get_current_device,
+                driver.get_current_stream,
+            )
+
+
+def _hooked() -> bool:
+    """Whether somebody (a profiler) wants to hear of launches."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 def launch(
@@ -209,7 +250,7 @@ def dot_precision(x: Tensor) -> str:
     """How tl.dot multiplies: for float32 as PyTorch's switches say of convolutions."""
     if x.dtype != torch.float32:
         # Of no effect on 16-bit operands.
-        return "interpreter" if x.dtype == torch.bfloat16 and x.device.type == "cpu" else "tf32"
+        return "interpreter" if x.dtype == torch.bfloat16 and x.is_cpu else "tf32"
     tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 and device_of(x).backend == "cuda" else "ieee"
 
@@ -221,12 +262,13 @@ def channels_last(x: Tensor) -> Tensor:
 
 def empty_image(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An empty channels_last image with the batch, dtype and device of ``x``."""
-    return torch.empty(
-        (x.shape[0], channels, height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    row = width * channels
+    return x.new_empty_strided((x.shape[0], channels, height, width), (height * row, 1, row, channels))
+
+
+def empty_floats(x: Tensor, *size: int) -> Tensor:
+    """An empty float32 tensor on the device of ``x``."""
+    return x.new_empty(size, dtype=torch.float32)
 
 
 def as_format_of(y: Tensor, x: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .bn_backward_apply import bn_backward_apply
-from .choose import applies_on_load
+from .choose import applies_on_load, call_of
 from .conv_dgrad import conv_dgrad
 from .conv_wgrad import conv_wgrad
-from .geometry import Geometry
 from .pending import stored
 
 
@@ -42,7 +41,7 @@ def conv_backward(
     """
     scale, shift, mean, rstd = bn
     conv = (stride, padding, dilation, groups)
-    if pending and not applies_on_load(Geometry.of(x, weight, *conv), x, weight_grad):
+    if pending and not applies_on_load(call_of(x, weight, *conv), weight_grad):
         dy, pending = stored(dy, pending), ()
     dweight = conv_wgrad(dy, x, scale, shift, weight, *conv, pending) if weight_grad else weight.new_empty(0)
     grad, sum_g, sum_gx = conv_dgrad(dy, weight, x, scale, shift, mean, da, *conv, pending)

@@ -7,28 +7,26 @@ so only those are multiplied and never the zeros of an upsampled gradient.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import split
-from .choose import choose
+from .choose import Call, call_of, choose, planned
 from .common import (
     Launcher,
     as_format_of,
     cdiv,
     channels_last,
     dot,
-    dot_precision,
+    empty_floats,
     empty_image,
     relu_mask,
 )
-from .configs import ConvConfig, flat_taps
+from .configs import flat_taps
 from .finalize import sum_partials
 from .geometry import Geometry
 from .pending import apply_pending, load_bn_backward, pending_arguments, pending_kind, stored
@@ -233,33 +231,32 @@ def conv_dgrad(
     ``scale=None`` nothing is masked or summed. Groups take the split path. With ``pending``, as
     :func:`.conv_backward.conv_backward` takes it, the BN backward that makes dy is applied on load.
     """
-    geometry = Geometry.of(x, weight, stride, padding, dilation, groups)
     masked = scale is not None
-    extras = ("masked",) * masked + ("da",) * (da is not None) + ("pending",) * bool(pending)
-    choice = choose("dgrad", geometry, x, *extras)
-    if choice.config is None:
+    call = call_of(x, weight, stride, padding, dilation, groups)
+    launcher, geometry, tiles = _plan(call, masked, da is not None, len(pending))
+    if launcher is None:
         return split.conv_dgrad(stored(dy, pending), weight, x, scale, shift, mean, da, geometry)
-    launcher, tiles = _launcher(
-        geometry, choice.config, masked, da is not None, len(pending), dot_precision(x)
-    )
     source = x
     dy, weight, x = channels_last(dy), channels_last(weight), channels_last(x)
     channels = geometry.c
     g = empty_image(x, channels, geometry.h, geometry.w)
-    partials = torch.empty((tiles, 2 * channels), dtype=torch.float32, device=x.device) if masked else None
+    partials = empty_floats(x, tiles, 2 * channels) if masked else None
     da = None if da is None else channels_last(da)
     launcher(dy, *pending_arguments(pending), weight, x, scale, shift, mean, da, g, partials)
-    sum_g, sum_gx = (torch.empty(channels * masked, dtype=torch.float32, device=x.device) for _ in range(2))
+    sum_g, sum_gx = empty_floats(x, channels * masked), empty_floats(x, channels * masked)
     if partials is not None:
         sum_partials(partials, sum_g, sum_gx)
     return as_format_of(g, source), sum_g, sum_gx
 
 
-@functools.lru_cache(maxsize=4096)
-def _launcher(
-    geometry: Geometry, config: ConvConfig, masked: bool, has_da: bool, pending: int, precision: str
-) -> tuple[Launcher, int]:
-    """The launch for a signature, and how many tiles of rows leave partial sums; ``pending`` as in Python's len."""
+@planned
+def _plan(call: Call, masked: bool, has_da: bool, pending: int) -> tuple[Launcher | None, Geometry, int]:
+    """The launch (None: the split path's), and how many tiles of rows leave partial sums; ``pending`` is a length."""
+    geometry = call.geometry
+    extras = ("masked",) * masked + ("da",) * has_da + ("pending",) * bool(pending)
+    config = choose("dgrad", call, *extras).config
+    if config is None:
+        return None, geometry, 0
     phase_h, phase_w = cdiv(geometry.h, geometry.stride[0]), cdiv(geometry.w, geometry.stride[1])
     rows = geometry.n * phase_h * phase_w
     phases = geometry.stride[0] * geometry.stride[1]
@@ -282,9 +279,9 @@ def _launcher(
         HAS_DA=has_da,
         FLAT=flat_taps(geometry, geometry.k, config),
         EVEN_K=geometry.k % config.block_k == 0,
-        PRECISION=precision,
+        PRECISION=call.precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
     )
-    return launcher, phases * tiles
+    return launcher, geometry, phases * tiles

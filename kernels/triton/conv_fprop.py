@@ -7,16 +7,14 @@ registers and fed to the tensor cores; the activated tensor never exists in memo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import split
-from .choose import choose
+from .choose import Call, call_of, choose, planned
 from .common import (
     Launcher,
     as_format_of,
@@ -24,12 +22,12 @@ from .common import (
     cdiv,
     channels_last,
     dot,
-    dot_precision,
+    empty_floats,
     empty_image,
     store_statistics,
     tile_statistics,
 )
-from .configs import ConvConfig, flat_taps
+from .configs import flat_taps
 from .finalize import merge_statistics
 from .geometry import Geometry
 
@@ -189,45 +187,31 @@ def conv_fprop(
     with ``relu`` it is max(conv(.) + bias, 0) + residual.
     :mod:`.choose` says by which path; groups take the split one.
     """
-    geometry = Geometry.of(x, weight, stride, padding, dilation, groups)
-    extras = ("residual",) * (residual is not None) + ("stats",) * stats
-    choice = choose("fprop", geometry, x, *extras)
-    if choice.config is None:
+    call = call_of(x, weight, stride, padding, dilation, groups)
+    flags = (scale is not None, bias is not None, relu, residual is not None, stats)
+    launcher, geometry, tiles, block_m = _plan(call, *flags)
+    if launcher is None:
         return split.conv_fprop(x, scale, shift, weight, bias, residual, geometry, stats, relu)
-    launcher, tiles = _launcher(
-        geometry,
-        choice.config,
-        scale is not None,
-        bias is not None,
-        relu,
-        residual is not None,
-        stats,
-        dot_precision(x),
-    )
     source, x, weight = x, channels_last(x), channels_last(weight)
     y = empty_image(x, geometry.k, geometry.oh, geometry.ow)
-    partials = torch.empty((tiles, 3, geometry.k), dtype=torch.float32, device=x.device) if stats else None
+    partials = empty_floats(x, tiles, 3, geometry.k) if stats else None
     residual = None if residual is None else channels_last(residual)
     launcher(x, scale, shift, weight, bias, residual, y, partials)
     y = as_format_of(y, source)
     if partials is None:
-        empty = torch.empty(0, dtype=torch.float32, device=x.device)
-        return y, empty, empty.clone()
-    return y, *merge_statistics(partials, choice.config.block_m, geometry.rows)
+        return y, empty_floats(x, 0), empty_floats(x, 0)
+    return y, *merge_statistics(partials, block_m, geometry.rows)
 
 
-@functools.lru_cache(maxsize=4096)
-def _launcher(
-    geometry: Geometry,
-    config: ConvConfig,
-    prologue: bool,
-    has_bias: bool,
-    relu: bool,
-    has_residual: bool,
-    stats: bool,
-    precision: str,
-) -> tuple[Launcher, int]:
-    """The launch for a signature, and how many tiles of rows leave partial statistics."""
+@planned
+def _plan(
+    call: Call, prologue: bool, has_bias: bool, relu: bool, has_residual: bool, stats: bool
+) -> tuple[Launcher | None, Geometry, int, int]:
+    """The launch (None: the split path's), how many tiles of rows leave partial statistics, and the rows of one."""
+    geometry = call.geometry
+    config = choose("fprop", call, *("residual",) * has_residual, *("stats",) * stats).config
+    if config is None:
+        return None, geometry, 0, 0
     tiles = cdiv(geometry.rows, config.block_m)
     launcher = Launcher(
         _conv_fprop_kernel,
@@ -243,9 +227,9 @@ def _launcher(
         STATS=stats,
         FLAT=flat_taps(geometry, geometry.c, config),
         EVEN_C=geometry.c % config.block_k == 0,
-        PRECISION=precision,
+        PRECISION=call.precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
     )
-    return launcher, tiles
+    return launcher, geometry, tiles, config.block_m

@@ -6,7 +6,6 @@ into parts (split over m) with float32 partials; :func:`finalize.sum_partials` a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import split
-from .choose import choose
-from .common import Device, Launcher, bn_relu, cdiv, channels_last, device_of, dot, dot_precision
-from .configs import ConvConfig, wgrad_splits
+from .choose import Call, call_of, choose, planned
+from .common import Launcher, bn_relu, cdiv, channels_last, dot, empty_floats
+from .configs import wgrad_splits
 from .finalize import sum_partials
 from .geometry import Geometry
 from .pending import apply_pending, load_bn_backward, pending_arguments, pending_kind, stored
@@ -122,34 +121,33 @@ def conv_wgrad(
     With ``pending``, as :func:`.conv_backward.conv_backward` takes it, the BN backward that makes dy is applied on
     load.
     """
-    geometry = Geometry.of(x, weight, stride, padding, dilation, groups)
-    choice = choose("wgrad", geometry, x, *("pending",) * bool(pending))
-    if choice.config is None:
+    call = call_of(x, weight, stride, padding, dilation, groups)
+    launcher, geometry, splits = _plan(call, len(pending))
+    if launcher is None:
         return split.conv_wgrad(stored(dy, pending), x, scale, shift, weight, geometry)
-    launcher, splits = _launcher(geometry, choice.config, len(pending), dot_precision(x), device_of(x))
     dy, x = channels_last(dy), channels_last(x)
-    partials = torch.empty((splits, weight.numel()), dtype=torch.float32, device=x.device)
+    partials = empty_floats(x, splits, weight.numel())
     launcher(dy, *pending_arguments(pending), x, scale, shift, partials)
     if weight.is_contiguous(memory_format=torch.channels_last):
         # With the strides too: those of a 1x1 are ambiguous, and DDP's buckets compare them.
         dweight = torch.empty_like(weight)
         sum_partials(partials, dweight)
         return dweight
-    ordered = torch.empty(
-        weight.shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    ordered = torch.empty_like(weight, memory_format=torch.channels_last)
     sum_partials(partials, ordered)
     return torch.empty_like(weight).copy_(ordered)
 
 
-@functools.lru_cache(maxsize=4096)
-def _launcher(
-    geometry: Geometry, config: ConvConfig, pending: int, precision: str, device: Device
-) -> tuple[Launcher, int]:
-    """The launch for a signature, and into how many parts it cuts the pixels."""
+@planned
+def _plan(call: Call, pending: int) -> tuple[Launcher | None, Geometry, int]:
+    """The launch (None: the split path's), and into how many parts it cuts the pixels."""
+    geometry = call.geometry
+    config = choose("wgrad", call, *("pending",) * bool(pending)).config
+    if config is None:
+        return None, geometry, 0
     rows, taps = geometry.rows, geometry.r * geometry.s
     tiles = cdiv(geometry.k, config.block_m) * cdiv(geometry.c, config.block_n) * taps
-    splits = config.splits or wgrad_splits(tiles, rows, config.block_k, device)
+    splits = config.splits or wgrad_splits(tiles, rows, config.block_k, call.device)
     rows_per_split = cdiv(cdiv(rows, splits), config.block_k) * config.block_k
     splits = cdiv(rows, rows_per_split)
     launcher = Launcher(
@@ -162,9 +160,9 @@ def _launcher(
         rows_per_split=rows_per_split,
         **geometry.arguments(),
         PENDING=pending_kind(pending),
-        PRECISION=precision,
+        PRECISION=call.precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
     )
-    return launcher, splits
+    return launcher, geometry, splits

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
-
-from torch import Tensor
 
 __all__ = ["Geometry"]
 
@@ -31,17 +28,20 @@ class Geometry(NamedTuple):
     @classmethod
     def of(
         cls,
-        x: Tensor,
-        weight: Tensor,
+        x: Sequence[int],
+        weight: Sequence[int],
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
     ) -> Geometry:
-        """The geometry of the convolution of ``x`` [N,C,H,W] with ``weight`` [K,C/groups,R,S]."""
-        return _geometry(
-            tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups
-        )
+        """The geometry of the convolution of an ``x`` [N,C,H,W] with a ``weight`` [K,C/groups,R,S]."""
+        n, c, h, w = x
+        k, _, r, s = weight
+        oh = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
+        ow = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+        constants = ((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
+        return cls(n, c, h, w, k, r, s, oh, ow, *constants, groups)
 
     @property
     def rows(self) -> int:
@@ -72,20 +72,3 @@ class Geometry(NamedTuple):
             "DILATION_W": self.dilation[1],
             "POINTWISE": self.pointwise,
         }
-
-
-@functools.lru_cache(maxsize=4096)
-def _geometry(
-    x: tuple[int, ...],
-    weight: tuple[int, ...],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Geometry:
-    """One object a signature: what is cached by it finds it again by identity."""
-    n, c, h, w = x
-    k, _, r, s = weight
-    oh = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
-    ow = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
-    return Geometry(n, c, h, w, k, r, s, oh, ow, stride, padding, dilation, groups)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, channels_last, empty_image, launch, relu_mask
+from .common import cdiv, channels_last, empty_floats, empty_image, launch, relu_mask
 from .configs import tile_config
 from .finalize import sum_partials
 
@@ -61,7 +60,7 @@ def relu_backward(
     config = tile_config(channels)
     tiles = cdiv(rows, config.block_m)
     g = empty_image(x, channels, height, width)
-    partials = torch.empty((tiles, 2 * channels), dtype=torch.float32, device=x.device)
+    partials = empty_floats(x, tiles, 2 * channels)
     launch(
         _relu_backward_kernel,
         (tiles, cdiv(channels, config.block_c)),
@@ -81,6 +80,6 @@ def relu_backward(
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_c,
     )
-    sum_g, sum_gx = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(2))
+    sum_g, sum_gx = empty_floats(x, channels), empty_floats(x, channels)
     sum_partials(partials, sum_g, sum_gx)
     return g, sum_g, sum_gx

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .bn_relu import activate
 from .bn_stats import add_stats, bn_stats
-from .common import as_format_of, channels_last
+from .common import as_format_of, channels_last, empty_floats
 from .geometry import Geometry
 from .relu_backward import relu_backward
 
@@ -46,8 +46,7 @@ def conv_fprop(
         y, mean, var = add_stats(y, residual)
     else:
         y = y if residual is None else y.add_(residual)
-        empty = torch.empty(0, dtype=torch.float32, device=x.device)
-        mean, var = bn_stats(y) if stats else (empty, empty.clone())
+        mean, var = bn_stats(y) if stats else (empty_floats(x, 0), empty_floats(x, 0))
     return as_format_of(channels_last(y), x), mean, var
 
 
@@ -64,8 +63,7 @@ def conv_dgrad(
     """As :func:`conv_dgrad.conv_dgrad`."""
     grad = _backward(dy, x, weight, geometry, 0)
     if scale is None or shift is None or mean is None:
-        empty = torch.empty(0, dtype=torch.float32, device=x.device)
-        return as_format_of(channels_last(grad), x), empty, empty.clone()
+        return as_format_of(channels_last(grad), x), empty_floats(x, 0), empty_floats(x, 0)
     g, sum_g, sum_gx = relu_backward(grad, da, x, scale, shift, mean)
     return as_format_of(g, x), sum_g, sum_gx
 
