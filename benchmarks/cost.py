@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_preact.kernels.triton.choose import Problem
+from fused_preact.kernels.triton.choose import Problem, own_config
 from fused_preact.kernels.triton.common import Device
-from fused_preact.kernels.triton.configs import ConvConfig, heuristic
+from fused_preact.kernels.triton.configs import ConvConfig
 from fused_preact.kernels.triton.cost import Prediction, candidates, predict
 from fused_preact.kernels.triton.crosscompile import Resources, compile_source, source_of
 from fused_preact.tune import problems
@@ -53,7 +53,7 @@ def rank(model: str, target: str, most: int, configurations: int, workers: int) 
     found = [p for p in problems.of_network(model, batch, torch.bfloat16, device) if p.op != "apply"][:most]
     pairs = []
     for problem in found:
-        own = heuristic(problem.op, problem.geometry, problem.dtype, problem.precision, device)
+        own = own_config(problem, device)
         first = candidates(problem, device)[:configurations]
         pairs += [
             (problem, config, config == own) for config in [*first, *([own] if own not in first else [])]

@@ -45,7 +45,7 @@ def stages() -> list[Stage]:
         Stage("infer 50", 60, ("infer", "--model", IMAGENET, "--minutes", "0.3")),
         check(CIFAR, "bf16", 60),
         tune("tune 164", CIFAR, 128, 75),
-        step("step 164", CIFAR, 45, "bare"),
+        step("step 164", CIFAR, 60, "bare", "eager graph"),
         check(IMAGENET, "fp32", 60),
         check(CIFAR, "fp32", 60),
         Stage("op 164", 60, ("op", "--model", CIFAR, "--peers", "fused", "--minutes", "0.5")),

@@ -18,7 +18,7 @@ from fused_preact.modules import _PreActUnit
 from . import correct, counting, kinds, measure, micro, networks, peers, results, roofline
 from .measure import Candidate
 from .options import Setting
-from .peers import BASE, OPTIMIZED, OURS, Peer
+from .peers import BASE, OURS, Peer
 from .results import Row
 
 BARE = "bare convolutions"
@@ -62,7 +62,7 @@ class Training:
     def prepare(self, peer: Peer, eager: list[Tensor]) -> tuple[Candidate, str | None]:
         """The peer's candidate, and what is wrong with its logits in training mode."""
         net = copy.deepcopy(self.net).to(memory_format=peer.memory_format)
-        fuse(net, peer.name == OURS)
+        fuse(net, peer.ours)
         images = self.images.contiguous(memory_format=peer.memory_format)
         function = peer.prepare(net, images, self.setting)
         optimiser = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, foreach=True)
@@ -80,7 +80,7 @@ class Training:
             logits = function(images).detach().double().clone()
         if peer.name == BASE:
             eager.append(logits)
-        factor = correct.OURS if peer.name == OURS else correct.PEER
+        factor = correct.OURS if peer.ours else correct.PEER
         wrong = _logits_problem(logits, eager[0], self.oracle, self.setting.torch_dtype, factor)
         if wrong is None and peer.name == OURS:
             wrong = correct.units_problem(
@@ -123,8 +123,7 @@ class Inference:
     def prepare(self, peer: Peer, eager: list[Tensor]) -> tuple[Candidate, str | None]:
         """The peer's candidate, and what is wrong with its logits."""
         net = copy.deepcopy(self.net).to(memory_format=peer.memory_format)
-        ours = peer.name in (OURS, OPTIMIZED)
-        fuse(net, ours)
+        fuse(net, peer.ours)
         images = self.images.contiguous(memory_format=peer.memory_format)
         function = peer.prepare(net, images, self.setting)
 
@@ -136,7 +135,7 @@ class Inference:
             logits = forward(0).double().clone()
         if peer.name == BASE:
             eager.append(logits)
-        factor = correct.OURS if ours else correct.PEER
+        factor = correct.OURS if peer.ours else correct.PEER
         dtype = self.setting.torch_dtype
         wrong = _logits_problem(logits, eager[0], self.oracle, dtype, factor)
         return Candidate(peer.name, forward, None, peer.context), wrong
@@ -229,7 +228,7 @@ def _network(
             kernels = job.kernels(schedules[name])
             for phase in job.phases:
                 row = _row(
-                    setting, model, batch, name, phase, backend=serving if name in (OURS, OPTIMIZED) else ""
+                    setting, model, batch, name, phase, backend=serving if name.startswith(OURS) else ""
                 )
                 micro.fill(row, measured, phase, BASE)
                 chosen = [k for k in kernels if phase in ("both", k.phase)]

@@ -42,6 +42,11 @@ class Peer(NamedTuple):
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """Entered around every block of its calls, forward and backward."""
 
+    @property
+    def ours(self) -> bool:
+        """Whether our operations run in it."""
+        return self.name.startswith(OURS)
+
 
 def missing(peer: Peer) -> str | None:
     """Why the peer cannot run here, or None."""
@@ -70,6 +75,44 @@ def _compiled(mode: str | None) -> Callable[[nn.Module, Tensor, Setting], Functi
         return run
 
     return prepare
+
+
+def _graphed(net: nn.Module, x: Tensor, setting: Setting) -> Function:
+    """The network's own forward and backward as two CUDA graphs: what the host does between kernels is not paid.
+
+    As a user would have them, by ``torch.cuda.make_graphed_callables``. The compilers' modes that record graphs have
+    the same advantage.
+    """
+    # Autocast as in the steps, but without its cache, whose copies of the weights would outlive the recording.
+    dtype = setting.torch_dtype
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        function: Function = torch.cuda.make_graphed_callables(net, (x.clone(),))
+    return function
+
+
+def _replayed(prepare: Callable[[nn.Module, Tensor, Setting], Function]) -> Callable[..., Function]:
+    """Inference by ``prepare``, recorded as a CUDA graph."""
+
+    def recorded(net: nn.Module, x: Tensor, setting: Setting) -> Function:
+        function, images = prepare(net, x, setting), x.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):
+                function(images)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            logits = function(images)
+
+        def run(x: Tensor) -> Tensor:
+            images.copy_(x)
+            graph.replay()
+            return logits
+
+        return run
+
+    return recorded
 
 
 def _frozen(net: nn.Module, x: Tensor, setting: Setting) -> Function:
@@ -172,7 +215,8 @@ def training(setting: Setting) -> list[Peer]:
     """The peers of a training step that were asked for; the base is always among them."""
     found = [*_EAGER, _OURS]
     if setting.device == "cuda":
-        found += [_TUNED, _GEMS]
+        graphed = [Peer("eager graph", _graphed, "eager"), Peer(f"{OURS} graph", _graphed, "c1")]
+        found += [*graphed, _TUNED, _GEMS]
     return [p for p in found if p.name == BASE or setting.wants(p.name)]
 
 
@@ -181,7 +225,11 @@ def inference(setting: Setting) -> list[Peer]:
     found = [*_EAGER, Peer("inductor frozen", _frozen, "pointwise"), _OURS]
     found += [Peer(OPTIMIZED, _optimized, "c1")]
     if setting.device == "cuda":
-        found += [_TUNED, _GEMS]
+        graphed = [
+            Peer("eager graph", _replayed(_as_is), "eager"),
+            Peer(f"{OPTIMIZED} graph", _replayed(_optimized), "c1"),
+        ]
+        found += [*graphed, _TUNED, _GEMS]
     else:
         nchw = torch.contiguous_format
         found += [

@@ -129,7 +129,7 @@ def bn_relu_avg_pool2d(input: Tensor, bn: BatchNorm, statistics: Statistics | No
         bn.eps, bn.batch_stats, backend, input, bn.weight, bn.bias, *(given or (None, None))
     )
     mean, var = given or made
-    _update_running_statistics(bn, mean, var, values_per_channel(input.shape), backend)
+    _update_running_statistics([(bn, mean, var, values_per_channel(input.shape))], backend)
     return out
 
 
@@ -169,11 +169,13 @@ def _unit(
 
     computed = iter(made)
     output_statistics = Statistics(next(computed), next(computed)) if return_statistics else None
+    updates = []
     for index, (bn, _) in enumerate(sites):
         mean, var = given[2 * index], given[2 * index + 1]
         if mean is None or var is None:
             mean, var = next(computed), next(computed)
-        _update_running_statistics(bn, mean, var, plan.counts[index], backend)
+        updates.append((bn, mean, var, plan.counts[index]))
+    _update_running_statistics(updates, backend)
     if converted:
         y = y.contiguous()
     return y, output_statistics
@@ -204,13 +206,29 @@ def _first_statistics(
     return statistics
 
 
-def _update_running_statistics(bn: BatchNorm, mean: Tensor, var: Tensor, count: int, backend: str) -> None:
-    """What ``nn.BatchNorm2d`` does to its buffers in training; nothing in eval mode or where there are none."""
-    if not bn.training or bn.running_mean is None or bn.running_var is None:
-        return
-    ops.table(backend, mean).bn_update_running(
-        mean, var, bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.momentum, count
-    )
+def _update_running_statistics(
+    updates: Sequence[tuple[BatchNorm, Tensor, Tensor, int]], backend: str
+) -> None:
+    """What ``nn.BatchNorm2d`` does to its buffers in training; nothing in eval mode or where there are none.
+
+    ``updates``: BN, mean, biased variance and values per channel. One operation for those of like momentum.
+    """
+    alike: dict[tuple[float | None, bool], list[tuple[BatchNorm, Tensor, Tensor, int]]] = {}
+    for update in updates:
+        bn = update[0]
+        if bn.training and bn.running_mean is not None and bn.running_var is not None:
+            alike.setdefault((bn.momentum, bn.num_batches_tracked is not None), []).append(update)
+    for (momentum, counted), found in alike.items():
+        bns, means, variances, counts = (list(column) for column in zip(*found, strict=True))
+        ops.table(backend, means[0]).bn_update_running(
+            means,
+            variances,
+            [bn.running_mean for bn in bns],
+            [bn.running_var for bn in bns],
+            [bn.num_batches_tracked for bn in bns] if counted else [],
+            momentum,
+            counts,
+        )
 
 
 # --- autocast and memory format ---------------------------------------------------------------------------

@@ -37,16 +37,18 @@ _SCHEMAS = {
     "bn_scale_shift": "(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor, Tensor, Tensor)",
     # The one that writes: in place to the buffers, outside of what autograd sees.
-    "bn_update_running": "(Tensor mean, Tensor var, Tensor(a!) running_mean, Tensor(b!) running_var,"
-    " Tensor(c!)? num_batches_tracked, float? momentum, SymInt count) -> ()",
+    "bn_update_running": "(Tensor[] mean, Tensor[] var, Tensor(a!)[] running_mean, Tensor(b!)[] running_var,"
+    " Tensor(c!)[] num_batches_tracked, float? momentum, SymInt[] count) -> ()",
     "conv_fprop": "(Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor? bias, Tensor? residual,"
     f" {_CONV}, bool stats, bool relu=False) -> (Tensor, Tensor, Tensor)",
+    "conv_fprop_bn": "(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias,"
+    f" {_CONV}, Tensor? bn_weight, Tensor? bn_bias, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "conv_dgrad": "(Tensor dy, Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? da,"
     f" {_CONV}) -> (Tensor, Tensor, Tensor)",
     "conv_wgrad": f"(Tensor dy, Tensor x, Tensor scale, Tensor shift, Tensor weight, {_CONV}) -> Tensor",
     "conv_backward": "(Tensor dy, Tensor[] pending, Tensor weight, Tensor x, Tensor[] bn, Tensor? da,"
     f" Tensor? residual_grad, {_CONV}, bool training, bool apply, bool weight_grad)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "bn_backward_apply": "(Tensor g, Tensor x, Tensor mean, Tensor scale, Tensor rstd, Tensor sum_g,"
     " Tensor sum_gx, bool training, Tensor? residual_grad) -> Tensor",
     "bn_relu_avg_pool": "(Tensor x, Tensor scale, Tensor shift) -> Tensor",
@@ -79,7 +81,7 @@ def _fake_bn_scale_shift(
     return torch.empty_like(var), torch.empty_like(var), torch.empty_like(var)
 
 
-def _fake_bn_update_running(mean: Tensor, *args: Any) -> None:
+def _fake_bn_update_running(mean: list[Tensor], *args: Any) -> None:
     return None
 
 
@@ -103,6 +105,13 @@ def _fake_conv_fprop(
     return y, _vector(x, channels), _vector(x, channels)
 
 
+def _fake_conv_fprop_bn(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    y, *statistics = _fake_conv_fprop(x, scale, shift, weight, bias, None, *args[:4], True)
+    return y, *statistics, *(_vector(x, weight.shape[0]) for _ in range(3))
+
+
 def _fake_conv_dgrad(
     dy: Tensor, weight: Tensor, x: Tensor, scale: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,9 +127,10 @@ def _fake_conv_wgrad(
 
 def _fake_conv_backward(
     dy: Tensor, pending: list[Tensor], weight: Tensor, x: Tensor, bn: list[Tensor], *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dweight = torch.empty_like(weight) if args[-1] else weight.new_empty(0)
-    return _empty_like(x, tuple(x.shape)), _vector(x, x.shape[1]), _vector(x, x.shape[1]), dweight
+    sum_g, sum_gx, dgamma = (_vector(x, x.shape[1]) for _ in range(3))
+    return _empty_like(x, tuple(x.shape)), sum_g, sum_gx, dweight, dgamma
 
 
 def _fake_bn_backward_apply(g: Tensor, x: Tensor, *args: Any) -> Tensor:
@@ -175,7 +185,8 @@ def _beyond_triton(args: tuple[Any, ...]) -> bool:
     float64 (the oracle's dtype), no elements, and more than 2^31 pixels: the kernels count elements in 64 bits but
     pixels in 32.
     """
-    if args[0].dtype == torch.float64:  # and with it every other tensor's
+    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    if first.dtype == torch.float64:  # and with it every other tensor's
         return True
     for t in args:
         if isinstance(t, Tensor):
@@ -220,7 +231,10 @@ def _cpu_op(name: str) -> Callable[..., Any]:
     fallback = getattr(reference, name)
 
     def serve(*args: Any) -> Any:
-        if all(arg.dtype != torch.float64 for arg in args if isinstance(arg, Tensor)):
+        tensors = [
+            t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, Tensor)
+        ]
+        if all(t.dtype != torch.float64 for t in tensors):
             _warn_without_cpu_kernels()
         return fallback(*args)
 

@@ -38,6 +38,7 @@ __all__ = [
     "conv_backward",
     "conv_dgrad",
     "conv_fprop",
+    "conv_fprop_bn",
     "conv_output_size",
     "conv_wgrad",
     "memory_format_of",
@@ -108,28 +109,30 @@ def bn_scale_shift(
 
 
 def bn_update_running(
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    running_mean: Sequence[Tensor],
+    running_var: Sequence[Tensor],
+    num_batches_tracked: Sequence[Tensor],
     momentum: float | None,
-    count: int,
+    count: Sequence[int],
 ) -> None:
-    """What BN in training does to its buffers, in place: running <- running + momentum (new - running).
+    """What BNs in training do to their buffers, in place: running <- running + momentum (new - running).
 
-    The new variance is the unbiased one, over ``count`` values a channel; ``num_batches_tracked`` goes up by one, and
-    ``momentum=None`` weighs by its reciprocal (the cumulative average), read on the device.
+    Lists over the BNs, of counters all or none. The new variance is the unbiased one, over ``count`` values a
+    channel; ``num_batches_tracked`` goes up by one, and ``momentum=None`` weighs by its reciprocal (the cumulative
+    average), read on the device.
     """
-    weight: float | Tensor = 0.0 if momentum is None else momentum
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            # As a tensor: a Python number would need the counter on the host at every step.
-            weight = num_batches_tracked.to(mean.dtype).reciprocal().to(running_mean.dtype)
-    unbiased = var * (count / max(count - 1, 1))
-    running_mean.lerp_(mean.to(running_mean.dtype), weight)
-    running_var.lerp_(unbiased.to(running_var.dtype), weight)
+    for i in range(len(mean)):
+        weight: float | Tensor = 0.0 if momentum is None else momentum
+        if num_batches_tracked:
+            num_batches_tracked[i].add_(1)
+            if momentum is None:
+                # As a tensor: a Python number would need the counter on the host at every step.
+                weight = num_batches_tracked[i].to(mean[i].dtype).reciprocal().to(running_mean[i].dtype)
+        unbiased = var[i] * (count[i] / max(count[i] - 1, 1))
+        running_mean[i].lerp_(mean[i].to(running_mean[i].dtype), weight)
+        running_var[i].lerp_(unbiased.to(running_var[i].dtype), weight)
 
 
 def conv_fprop(
@@ -164,6 +167,25 @@ def conv_fprop(
         empty = torch.empty(0, dtype=statistics_dtype(x.dtype), device=x.device)
         return y, empty, empty.clone()
     return y, *bn_stats(y)
+
+
+def conv_fprop_bn(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`conv_fprop` and :func:`bn_scale_shift` of the BN that reads y: y, mean, var, scale, shift, rstd."""
+    y, mean, var = conv_fprop(x, scale, shift, weight, bias, None, stride, padding, dilation, groups, True)
+    return y, mean, var, *bn_scale_shift(mean, var, bn_weight, bn_bias, eps)
 
 
 def conv_dgrad(
@@ -293,7 +315,7 @@ def conv_backward(
     grad, sum_g, sum_gx = conv_dgrad(dy, weight, x, scale, shift, mean, da, *conv)
     if apply:
         grad = bn_backward_apply(grad, x, mean, scale, rstd, sum_g, sum_gx, training, residual_grad)
-    return grad, sum_g, sum_gx, dweight
+    return grad, sum_g, sum_gx, dweight, rstd * sum_gx
 
 
 def bn_relu_avg_pool(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -92,29 +92,47 @@ def unit_forward(
     h = x
     # Nobody handed them on: one read of x.
     produced: tuple[Tensor, Tensor] | None = k.bn_stats(x) if statistics[0] is None else None
+    vectors: tuple[Tensor, Tensor, Tensor] | None = None
     used: list[tuple[Tensor, Tensor]] = []
     saved: list[SiteSaved] = []
     for index, (site, tensors) in enumerate(zip(unit.sites, sites, strict=True)):
         normalised_with = statistics[index] or produced
         assert normalised_with is not None, "a convolution makes the statistics that the next site asks for"
         mean, var = normalised_with
-        scale, shift, rstd = k.bn_scale_shift(mean, var, tensors.gamma, tensors.beta, site.eps)
+        if vectors is None:
+            vectors = k.bn_scale_shift(mean, var, tensors.gamma, tensors.beta, site.eps)
+        scale, shift, rstd = vectors
         used.append((mean, var))
         saved.append(SiteSaved(h, mean, scale, shift, rstd))
 
-        last = index + 1 == len(unit.sites)
-        stats = unit.output_stats if last else unit.sites[index + 1].batch_stats
-        added = None
-        if last:
-            added = x if unit.identity else residual
-            if projection is not None and unit.projection is not None:
-                # The projection reads the activation of the first site, recomputed by the same prologue.
-                first = saved[0]
-                added, _, _ = k.conv_fprop(
-                    x, first.scale, first.shift, *projection, None, *unit.projection, False
+        if index + 1 < len(unit.sites):
+            following, its = unit.sites[index + 1], sites[index + 1]
+            if following.batch_stats:
+                h, new_mean, new_var, *made = k.conv_fprop_bn(
+                    h,
+                    scale,
+                    shift,
+                    tensors.weight,
+                    tensors.bias,
+                    *site.conv,
+                    its.gamma,
+                    its.beta,
+                    following.eps,
                 )
+                produced, vectors = (new_mean, new_var), (made[0], made[1], made[2])
+            else:
+                h, _, _ = k.conv_fprop(h, scale, shift, tensors.weight, tensors.bias, None, *site.conv, False)
+                vectors = None
+            continue
+        added = x if unit.identity else residual
+        if projection is not None and unit.projection is not None:
+            # The projection reads the activation of the first site, recomputed by the same prologue.
+            first = saved[0]
+            added, _, _ = k.conv_fprop(
+                x, first.scale, first.shift, *projection, None, *unit.projection, False
+            )
         h, new_mean, new_var = k.conv_fprop(
-            h, scale, shift, tensors.weight, tensors.bias, added, *site.conv, stats
+            h, scale, shift, tensors.weight, tensors.bias, added, *site.conv, unit.output_stats
         )
         produced = (new_mean, new_var)
     assert produced is not None, "a unit has at least one site"
@@ -187,7 +205,7 @@ def unit_backward(
             # Two users of one activation: their gradients meet before the ReLU's mask.
             da, _, _ = k.conv_dgrad(dy, projection, s.x, None, None, None, None, *unit.projection)
         apply = index == 0 and need_input
-        grad, sum_g, sum_gx, dweight = k.conv_backward(
+        grad, sum_g, sum_gx, dweight, dgamma = k.conv_backward(
             grad,
             pending,
             weight,
@@ -204,7 +222,7 @@ def unit_backward(
             grads[index][2] = dweight
         gamma_dtype, beta_dtype = dtypes[index]
         if need_gamma and gamma_dtype is not None:
-            grads[index][0] = _as(s.rstd * sum_gx, gamma_dtype)
+            grads[index][0] = _as(dgamma, gamma_dtype)
         if need_beta and beta_dtype is not None:
             grads[index][1] = _as(sum_g, beta_dtype)
         if not need_input:

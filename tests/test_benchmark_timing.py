@@ -140,6 +140,8 @@ def test_a_peer_replaces_operators_only_inside_its_blocks() -> None:
         peers.BASE,
         "FlagGems",
     ]
+    ours = peers.training(Setting("step", [], 2, "bf16", "cuda", ["fused"], 1, 1))
+    assert [(p.name, p.ours) for p in ours] == [(peers.BASE, False), ("fused", True), ("fused graph", True)]
 
 
 def test_frozen_peer_compiles_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from fused_preact import reference
 
 __all__ = ["_poisoned", "pytestmark", "threads"]  # fixtures and the mark that serve here too
 
-NAMES = ("g", "sum_g", "sum_gx", "dweight")
+NAMES = ("g", "sum_g", "sum_gx", "dweight", "dgamma")
 SOME = ("1x1-stride2", "1x1-one-row-tail", "3x3-small", "3x3-band-odd", "3x3-stride2-even", "3x3-chunks")
 
 
@@ -53,6 +53,7 @@ def check_backward(case, **options):
         "sum_g": unit * exact.sum((0, 2, 3)),
         "sum_gx": unit * (exact * centred.abs()).sum((0, 2, 3)),
     }
+    terms["dgamma"] = case.rstd * terms["sum_gx"]
     got = check("conv_backward", ("dx" if options.get("apply") else "g", *NAMES[1:]), args, terms)
     if options.get("apply"):
         return got

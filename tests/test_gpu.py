@@ -85,6 +85,26 @@ def test_cuda_graph(training: bool) -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
+def test_graphed_callables() -> None:
+    """``torch.cuda.make_graphed_callables``, by which a user trains with CUDA graphs, under autocast too."""
+    network = small_network()
+    expected = copy.deepcopy(network)
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        graphed = torch.cuda.make_graphed_callables(network, (image(4, 16, 16, 16),))
+    network.load_state_dict(expected.state_dict())  # the recording trained BN's statistics
+    for _ in range(2):
+        x = image(4, 16, 16, 16)
+        for model in (graphed, expected):
+            model.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16):
+                y = model(x)
+            y.float().square().mean().backward()
+        for (name, a), b in zip(network.named_parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+    for (name, a), b in zip(network.named_buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
 def test_other_stream() -> None:
     network = small_network()
     x = image(4, 16, 16, 16)

@@ -34,13 +34,22 @@ def samples(
         "bn_stats": [(s.x,)],
         "bn_scale_shift": [(s.mean, s.rstd, gamma, s.scale + 1, 1e-5), (s.mean, s.rstd, None, None, 1e-3)],
         "bn_update_running": [
-            (s.mean, s.rstd, s.scale + 1, s.shift + 1, torch.tensor(3, device=device), 0.1, 70),
-            (s.mean, s.rstd, s.scale + 1, s.shift + 1, torch.tensor(3, device=device), None, 70),
-            (s.mean, s.rstd, s.scale + 1, s.shift + 1, None, 0.1, 70),
+            ([s.mean], [s.rstd], [s.scale + 1], [s.shift + 1], [torch.tensor(3, device=device)], 0.1, [70]),
+            (
+                *([t, torch.rand(3, device=device)] for t in (s.mean, s.rstd, s.scale + 1, s.shift + 1)),
+                [torch.tensor(3, device=device), torch.tensor(4, device=device)],
+                None,
+                [70, 8],
+            ),
+            ([s.mean], [s.rstd], [s.scale + 1], [s.shift + 1], [], 0.1, [70]),
         ],
         "conv_fprop": [
             (s.x, *vectors, s.weight, s.bias, s.residual, *s.constants, True),
             (s.x, *vectors, s.weight, None, None, *s.constants, False),
+        ],
+        "conv_fprop_bn": [
+            (s.x, *vectors, s.weight, s.bias, *s.constants, gamma[:4], gamma[1:], 1e-5),
+            (s.x, *vectors, s.weight, None, *s.constants, None, None, 1e-3),
         ],
         "conv_dgrad": [
             (s.dy, s.weight, s.x, *vectors, s.mean, s.da, *s.constants),
@@ -91,7 +100,14 @@ def test_backends_return_the_same_kind(
     for sample in samples(name, "cpu", memory_format, dtype):
         expected = described(getattr(reference, name)(*sample))
         assert described(getattr(triton_ops, name)(*sample)) == expected
-        fake = [a.to("meta") if isinstance(a, Tensor) else a for a in sample]
+        fake = [
+            [t.to("meta") if isinstance(t, Tensor) else t for t in a]
+            if isinstance(a, list)
+            else a.to("meta")
+            if isinstance(a, Tensor)
+            else a
+            for a in sample
+        ]
         assert described(getattr(torch.ops.fused_preact, name)(*fake)) == expected
 
 
@@ -109,22 +125,37 @@ TABLES = [
 def test_running_statistics_are_those_of_batch_norm(
     table: Any, device: str, momentum: float | None, dtype: torch.dtype
 ) -> None:
-    """As nn.BatchNorm2d's, over a few steps, the counter included; also into buffers that are not dense."""
-    module = torch.nn.BatchNorm2d(1300, momentum=momentum).to(device, dtype)
-    mean, var = (torch.zeros(1300, 2, device=device, dtype=dtype).t()[0] for _ in range(2))
-    var += 1
-    counter = torch.tensor(0, device=device)
-    versions = [t._version for t in (mean, var, counter)]
+    """As nn.BatchNorm2d's, over a few steps, the counters included; also into buffers that are not dense.
+
+    Four BNs of their own sizes: one more than a Triton launch takes.
+    """
+    sizes = (1300, 5, 64, 33)
+    modules = [torch.nn.BatchNorm2d(c, momentum=momentum).to(device, dtype) for c in sizes]
+    means, variances = (
+        [torch.zeros(c, 2, device=device, dtype=dtype).t()[0] for c in sizes] for _ in range(2)
+    )
+    for var in variances:
+        var += 1
+    counters = [torch.tensor(i, device=device) for i in range(len(sizes))]
+    for module, counter in zip(modules, counters, strict=True):
+        module.num_batches_tracked.copy_(counter)
+    buffers = [*means, *variances, *counters]
+    versions = [t._version for t in buffers]
     for _ in range(3):
-        x = (torch.randn(2, 1300, 2, 2, device=device) * 3 + 1).to(dtype)
-        module(x)
-        found = reference.bn_stats(x)
-        table.bn_update_running(*found, mean, var, counter, momentum, 8)
-    assert counter.item() == module.num_batches_tracked.item() == 3
+        found, counts = [], []
+        for i, module in enumerate(modules):
+            x = (torch.randn(2, sizes[i], 2, 2 + i, device=device) * 3 + i).to(dtype)
+            module(x)
+            found.append(reference.bn_stats(x))
+            counts.append(8 + 4 * i)
+        new = [list(t) for t in zip(*found, strict=True)]
+        table.bn_update_running(*new, means, variances, counters, momentum, counts)
     tolerance = 8 * torch.finfo(dtype).eps
-    torch.testing.assert_close(mean, module.running_mean, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(var, module.running_var, rtol=tolerance, atol=tolerance)
-    assert all(t._version > v for t, v in zip((mean, var, counter), versions, strict=True)), (
+    for i, module in enumerate(modules):
+        assert counters[i].item() == module.num_batches_tracked.item() == 3 + i
+        torch.testing.assert_close(means[i], module.running_mean, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(variances[i], module.running_var, rtol=tolerance, atol=tolerance)
+    assert all(t._version > v for t, v in zip(buffers, versions, strict=True)), (
         "autograd would not see that a saved buffer has changed"
     )
 

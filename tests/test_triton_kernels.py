@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import CASES, DEVICES, DTYPES, Case, assert_within_policy, make_site, triton_ops
 
+import fused_preact
 from fused_preact import reference
 
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.parametrize("device", DEVICES)]
@@ -180,7 +181,7 @@ def test_bn_stats_two_levels(device: str) -> None:
     """More tiles than one program merges, the last of them ragged, means drifting from tile to tile."""
     from fused_preact.kernels.triton.finalize import merge_statistics, sum_partials
 
-    rows, per_tile = 700 * 4 - 3, 4
+    rows, per_tile = 2500 * 4 - 3, 4
     x = torch.randn(rows, 5, dtype=torch.float64) + torch.linspace(0, 30, rows)[:, None].double()
     tiles = [x[i : i + per_tile] for i in range(0, rows, per_tile)]
     zero = torch.zeros(5)
@@ -189,11 +190,11 @@ def test_bn_stats_two_levels(device: str) -> None:
     assert torch.allclose(mean.double().cpu(), x.mean(0), rtol=1e-6)
     assert torch.allclose(var.double().cpu(), x.var(0, correction=0), rtol=1e-6)
 
-    values = torch.randn(700, 6)
-    first, second = torch.empty(2).to(device), torch.empty(4).to(device)
+    values = torch.randn(2500, 70)  # more columns than a block holds, and no multiple of it
+    first, second = torch.empty(20).to(device), torch.empty(50).to(device)
     sum_partials(values.to(device), first, second)
     total = torch.cat([first, second]).double().cpu()
-    assert torch.allclose(total, values.double().sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(total, values.double().sum(0), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -437,3 +438,57 @@ def test_conv_backward_with_a_pending_bn(
         total = terms.sum((0, 2, 3))
         name = ("sum_g", "sum_gx")[i - 1]
         assert_within_policy(name, actual[i], eager[i], oracle[i], terms=total, terms_dtype=dtype)
+    assert torch.equal(actual[4], s.rstd * actual[2]), "dgamma"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_conv_fprop_bn(device: str, affine: bool, groups: int) -> None:
+    """The bits of the two operations that it joins, on the fused path and on the split one."""
+    s = make_site(Case(c=6, k=20, h=7, w=9), torch.float32, device)
+    weight, constants = s.weight[:, : 6 // groups].contiguous(), (*s.constants[:3], groups)
+    gamma, beta = (torch.randn(20).to(device), torch.randn(20).to(device)) if affine else (None, None)
+    site = (s.x, s.scale, s.shift, weight, s.bias)
+    y, mean, var, *vectors = triton_ops.conv_fprop_bn(*site, *constants, gamma, beta, 1e-3)
+    apart = triton_ops.conv_fprop(*site, None, *constants, True)
+    wanted = (*apart, *triton_ops.bn_scale_shift(*apart[1:], gamma, beta, 1e-3))
+    for a, b in zip((y, mean, var, *vectors), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_sums_of_a_site(device: str, weight_grad: bool) -> None:
+    """Vectors of more tiles than one program adds up, and a weight gradient, in one launch."""
+    from fused_preact.kernels.triton.finalize import sum_site
+
+    partials, weights = torch.randn(2500, 2 * 19), torch.randn(3, 700)
+    rstd, dweight = torch.rand(19), torch.full((700,), float("nan")).to(device)
+    parts = (weights.to(device), dweight) if weight_grad else (None, None)
+    sum_g, sum_gx, dgamma = sum_site(partials.to(device), rstd.to(device), *parts)
+    wanted = partials.double().sum(0)
+    close = {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(sum_g.double().cpu(), wanted[:19], **close)
+    torch.testing.assert_close(sum_gx.double().cpu(), wanted[19:], **close)
+    assert torch.equal(dgamma.cpu(), rstd * sum_gx.cpu())
+    if weight_grad:
+        torch.testing.assert_close(dweight.double().cpu(), weights.double().sum(0), **close)
+
+
+def test_launches_of_a_unit(device: str) -> None:
+    """What a GPU is asked to start for a bottleneck in a row of them; each costs the host some five microseconds."""
+    from fused_preact.kernels.triton.common import Device, recording
+
+    with torch.device("meta"):
+        row = fused_preact.PreActSequential(*(fused_preact.PreActBottleneck(64, 64) for _ in range(2)))
+        row.bfloat16()
+        x = torch.empty(128, 64, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    with fused_preact.backend("triton"), recording(Device("cuda", 90, 132)) as launches:
+        y = row(x.requires_grad_())
+        forward = [launch.kernel.__name__ for launch in launches]
+        y.sum().backward()
+    backward = [launch.kernel.__name__ for launch in launches[len(forward) :]]
+    # The first unit computes the statistics of x: a pass and a merge. The last one hands none on: no merge.
+    assert len(forward) == 2 + 2 * (1 + 3 * 2 + 1) - 1, forward
+    # conv and weight gradient and their sums, a pending BN once for both or on load, the unit's own BN.
+    assert len(backward) - backward.count("_bn_backward_apply_kernel") == 2 * 3 * 3
+    assert 2 <= backward.count("_bn_backward_apply_kernel") <= 2 * 3

@@ -170,7 +170,11 @@ def test_statistics_are_handed_on(backend: str, device: str) -> None:
         patch.setattr(ops, "table", lambda name, x: Counting())
         row.to(device)(torch.randn(2, 6, 5, 5, device=device, requires_grad=True)).sum().backward()
     assert calls.count("bn_stats") == 1
-    assert calls.count("conv_fprop") == 2 + 3 + 4, "the 7 sites and the 2 projections"
+    assert calls.count("bn_scale_shift") == 3, (
+        "a unit's first BN; the others' vectors come with the statistics"
+    )
+    assert calls.count("conv_fprop_bn") == 1 + 1 + 2, "the sites that another one of their unit follows"
+    assert calls.count("conv_fprop") == 3 + 2, "the last sites and the 2 projections"
     assert calls.count("conv_backward") == 7
     assert calls.count("bn_backward_apply") == 0, "applied on load, or at a unit's input by conv_backward"
     compare(lambda: copy.deepcopy(row).cpu(), torch.randn(2, 6, 5, 5).to(device), backend)

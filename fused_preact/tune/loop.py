@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..kernels.triton import bn_backward_apply, tables
-from ..kernels.triton.choose import Problem, forced, reload
+from ..kernels.triton.choose import Problem, forced, own_config, reload
 from ..kernels.triton.common import Device
-from ..kernels.triton.configs import ConvConfig, heuristic
+from ..kernels.triton.configs import ConvConfig
 from ..kernels.triton.cost import candidates, fits, predict
 from ..kernels.triton.crosscompile import Resources
 from .compiling import Compiler
@@ -116,7 +116,7 @@ class Tuner:
         """Half as many again as are timed, by the estimated cost, and the heuristic's own; none for "apply"."""
         if problem.op == "apply":
             return []
-        own = heuristic(problem.op, problem.geometry, problem.dtype, problem.precision, self.device)
+        own = own_config(problem, self.device)
         first = candidates(problem, self.device)[: self.limit + self.limit // 2]
         return [own, *(c for c in first if c != own)]
 

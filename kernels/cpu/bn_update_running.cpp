@@ -1,22 +1,25 @@
-// bn_update_running: the running statistics of one BatchNorm, counter included, in one call.
+// bn_update_running: the running statistics of a unit's BatchNorms, counters included, in one call.
 #include "ops.h"
 
 namespace fused_preact {
 
-void bn_update_running(
-    const Tensor& mean, const Tensor& var, Tensor& running_mean, Tensor& running_var,
-    const std::optional<Tensor>& counter, std::optional<double> momentum, int64_t count) {
-  const bool plain = mean.scalar_type() == at::kFloat && mean.is_contiguous() && var.is_contiguous() &&
+namespace {
+
+// Whether update() serves; the reference serves the rest.
+bool plain(
+    const Tensor& mean, const Tensor& var, const Tensor& running_mean, const Tensor& running_var,
+    const Tensor* counter) {
+  return mean.scalar_type() == at::kFloat && mean.is_contiguous() && var.is_contiguous() &&
       running_mean.scalar_type() == at::kFloat && running_var.scalar_type() == at::kFloat &&
       running_mean.is_contiguous() && running_var.is_contiguous() &&
-      (!counter.has_value() || counter->scalar_type() == at::kLong);
-  if (!plain) {
-    call_reference<decltype(bn_update_running)>(
-        "fused_preact::bn_update_running", mean, var, running_mean, running_var, counter, momentum, count);
-    return;
-  }
+      (counter == nullptr || counter->scalar_type() == at::kLong);
+}
+
+void update(
+    const Tensor& mean, const Tensor& var, const Tensor& running_mean, const Tensor& running_var,
+    const Tensor* counter, std::optional<double> momentum, int64_t count) {
   float weight = static_cast<float>(momentum.value_or(0.0));
-  if (counter.has_value()) {
+  if (counter != nullptr) {
     int64_t& tracked = *counter->mutable_data_ptr<int64_t>();
     tracked += 1;
     if (!momentum.has_value()) {
@@ -38,6 +41,27 @@ void bn_update_running(
   // The dispatcher leaves this to an op that it did not generate: autograd must see a saved buffer change.
   running_mean.unsafeGetTensorImpl()->bump_version();
   running_var.unsafeGetTensorImpl()->bump_version();
+}
+
+} // namespace
+
+void bn_update_running(
+    at::TensorList mean, at::TensorList var, at::TensorList running_mean, at::TensorList running_var,
+    at::TensorList counters, std::optional<double> momentum, at::IntArrayRef count) {
+  TORCH_CHECK_VALUE(
+      mean.size() == var.size() && mean.size() == running_mean.size() && mean.size() == running_var.size() &&
+          mean.size() == count.size() && (counters.empty() || counters.size() == mean.size()),
+      "bn_update_running: lists of different lengths, allowed are one entry a BatchNorm");
+  for (size_t i = 0; i < mean.size(); i++) {
+    const Tensor* counter = counters.empty() ? nullptr : &counters[i];
+    if (plain(mean[i], var[i], running_mean[i], running_var[i], counter)) {
+      update(mean[i], var[i], running_mean[i], running_var[i], counter, momentum, count[i]);
+    } else {
+      call_reference<decltype(bn_update_running)>(
+          "fused_preact::bn_update_running", mean.slice(i, 1), var.slice(i, 1), running_mean.slice(i, 1),
+          running_var.slice(i, 1), counters.empty() ? counters : counters.slice(i, 1), momentum, count.slice(i, 1));
+    }
+  }
 }
 
 TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {

@@ -91,8 +91,19 @@ bool takes_one_pass(const Tensor& weight, bool weight_grad) {
   return weight_grad && weight.numel() < (1 << 20);
 }
 
+// dgamma = r sum g (x - mu).
+Tensor dgamma(const Tensor& rstd_, const Tensor& sum_gx) {
+  const Tensor rstd = floats(rstd_), out = at::empty_like(sum_gx);
+  const float *r = pointer(rstd), *s = pointer(sum_gx);
+  float* to = out.mutable_data_ptr<float>();
+  for (int64_t c = 0; c < out.numel(); c++) {
+    to[c] = r[c] * s[c];
+  }
+  return out;
+}
+
 // The operations that this one joins, one after the other.
-std::tuple<Tensor, Tensor, Tensor, Tensor> one_by_one(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_by_one(
     const Tensor& dy_, at::TensorList pending, const Tensor& weight, const Tensor& x, at::TensorList bn,
     const OptionalTensor& da, const OptionalTensor& residual_grad, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad) {
@@ -104,12 +115,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> one_by_one(
   if (apply) {
     g = bn_backward_apply(g, x, bn[2], bn[0], bn[3], sum_g, sum_gx, training, residual_grad);
   }
-  return {g, sum_g, sum_gx, dweight};
+  return {g, sum_g, sum_gx, dweight, dgamma(bn[3], sum_gx)};
 }
 
 } // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     const Tensor& dy_, at::TensorList pending, const Tensor& weight, const Tensor& x_, at::TensorList bn,
     const OptionalTensor& da_, const OptionalTensor& residual_grad, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad) {
@@ -173,7 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(
   const Tensor dweight = dw.view({shape.k, shape.r, shape.s, shape.c}).permute({0, 3, 1, 2});
   const bool as_it_is = dtype == at::kFloat && dweight.strides() == weight.strides();
   return {
-      like_input(g, x_), sums_g, sums_gx, as_it_is ? dweight : at::empty_like(weight).copy_(dweight)};
+      like_input(g, x_), sums_g, sums_gx, as_it_is ? dweight : at::empty_like(weight).copy_(dweight),
+      dgamma(bn[3], sums_gx)};
 }
 
 TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {

@@ -111,8 +111,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   return {out, mean, var};
 }
 
+// conv_fprop with statistics, and the vectors of the BN that reads y: one operation for the host.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_fprop_bn(
+    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, const OptionalTensor& bias,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps) {
+  const auto [y, mean, var] = conv_fprop(
+      x, scale, shift, weight, bias, std::nullopt, stride, padding, dilation, groups, true, false);
+  const auto [new_scale, new_shift, rstd] = bn_scale_shift(mean, var, bn_weight, bn_bias, eps);
+  return {y, mean, var, new_scale, new_shift, rstd};
+}
+
 TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {
   m.impl("conv_fprop", conv_fprop);
+  m.impl("conv_fprop_bn", conv_fprop_bn);
 }
 
 } // namespace fused_preact

@@ -11,13 +11,18 @@ std::tuple<Tensor, Tensor, Tensor> bn_scale_shift(
     const Tensor& mean, const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps);
 
 void bn_update_running(
-    const Tensor& mean, const Tensor& var, Tensor& running_mean, Tensor& running_var,
-    const std::optional<Tensor>& counter, std::optional<double> momentum, int64_t count);
+    at::TensorList mean, at::TensorList var, at::TensorList running_mean, at::TensorList running_var,
+    at::TensorList counters, std::optional<double> momentum, at::IntArrayRef count);
 
 std::tuple<Tensor, Tensor, Tensor> conv_fprop(
     const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& weight,
     const OptionalTensor& bias, const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool stats, bool relu);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_fprop_bn(
+    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, const OptionalTensor& bias,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps);
 
 std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
     const Tensor& dy, const Tensor& weight, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
@@ -28,7 +33,7 @@ Tensor conv_wgrad(
     const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     const Tensor& dy, at::TensorList pending, const Tensor& weight, const Tensor& x, at::TensorList bn,
     const OptionalTensor& da, const OptionalTensor& residual_grad, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad);

@@ -11,7 +11,7 @@ from .bn_stats import bn_scale_shift, bn_stats
 from .bn_update_running import bn_update_running
 from .conv_backward import conv_backward
 from .conv_dgrad import conv_dgrad
-from .conv_fprop import conv_fprop
+from .conv_fprop import conv_fprop, conv_fprop_bn
 from .conv_wgrad import conv_wgrad
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "conv_backward",
     "conv_dgrad",
     "conv_fprop",
+    "conv_fprop_bn",
     "conv_wgrad",
 ]

@@ -17,6 +17,7 @@ from .common import (
     device_of,
     empty_floats,
     power_of_two,
+    store_scale_shift,
     store_statistics,
     tile_statistics,
 )
@@ -91,18 +92,9 @@ def _bn_scale_shift_kernel(
     mask = c < C
     mean = tl.load(mean_ptr + c, mask=mask, other=0.0)
     var = tl.load(var_ptr + c, mask=mask, other=1.0)
-    # sqrt and a division, both correctly rounded: the approximate rsqrt would cost the oracle's tolerance.
-    rstd = tl.div_rn(tl.full((BLOCK_C,), 1.0, tl.float32), tl.sqrt_rn(var + eps))
-    scale = rstd
-    if HAS_WEIGHT:
-        scale = tl.load(weight_ptr + c, mask=mask, other=0.0).to(tl.float32) * rstd
-    shift = tl.zeros((BLOCK_C,), tl.float32)
-    if HAS_BIAS:
-        shift = tl.load(bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.fma(-mean, scale, shift)
-    tl.store(scale_ptr + c, scale, mask=mask)
-    tl.store(shift_ptr + c, shift, mask=mask)
-    tl.store(rstd_ptr + c, rstd, mask=mask)
+    store_scale_shift(
+        mean, var, weight_ptr, bias_ptr, scale_ptr, shift_ptr, rstd_ptr, eps, c, C, HAS_WEIGHT, HAS_BIAS
+    )
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:

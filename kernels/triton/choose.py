@@ -29,6 +29,7 @@ __all__ = [
     "choose",
     "chosen",
     "forced",
+    "own_config",
     "planned",
 ]
 
@@ -170,8 +171,13 @@ def chosen(problem: Problem, device: Device) -> Choice:
         return Choice(entry["path"], config, entry["source"])
     if problem.op == "apply":
         return Choice("loaded" if _loading_moves_less(problem, device) else "stored", None, "heuristic")
-    config = heuristic(problem.op, problem.geometry, problem.dtype, problem.precision, device)
-    return Choice("fused", config, "heuristic")
+    return Choice("fused", own_config(problem, device), "heuristic")
+
+
+def own_config(problem: Problem, device: Device) -> ConvConfig:
+    """The heuristic's configuration of a problem, whatever the tables say."""
+    pending = "pending" in problem.extras
+    return heuristic(problem.op, problem.geometry, problem.dtype, problem.precision, device, pending)
 
 
 def _loading_moves_less(problem: Problem, device: Device) -> bool:

@@ -63,6 +63,36 @@ def store_statistics(partials_ptr, tile, C, c, high, low, m2):
 
 
 @triton.jit
+def store_scale_shift(
+    mean,
+    var,
+    gamma_ptr,
+    beta_ptr,
+    scale_ptr,
+    shift_ptr,
+    rstd_ptr,
+    eps,
+    c,
+    C,
+    HAS_GAMMA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+):
+    """s = gamma r, t = beta - mu s and r = (v + eps)^-1/2 of float32 vectors, the channels ``c``."""
+    # sqrt and a division, both correctly rounded: the approximate rsqrt would cost the oracle's tolerance.
+    rstd = tl.div_rn(tl.full(c.shape, 1.0, tl.float32), tl.sqrt_rn(var + eps))
+    scale = rstd
+    if HAS_GAMMA:
+        scale = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32) * rstd
+    shift = tl.zeros(c.shape, tl.float32)
+    if HAS_BETA:
+        shift = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    shift = tl.fma(-mean, scale, shift)
+    tl.store(scale_ptr + c, scale, mask=c < C)
+    tl.store(shift_ptr + c, shift, mask=c < C)
+    tl.store(rstd_ptr + c, rstd, mask=c < C)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b on the tensor cores, in the precision that :func:`dot_precision` chose."""
     if PRECISION == "interpreter":
@@ -268,7 +298,13 @@ def empty_image(x: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 def empty_floats(x: Tensor, *size: int) -> Tensor:
     """An empty float32 tensor on the device of ``x``."""
-    return x.new_empty(size, dtype=torch.float32)
+    return x.new_empty(*size, dtype=torch.float32)
+
+
+def values_per_channel(x: Tensor) -> int:
+    """N H W of an image."""
+    n, _, height, width = x.shape
+    return n * height * width
 
 
 def as_format_of(y: Tensor, x: Tensor) -> Tensor:

@@ -39,8 +39,12 @@ class TileConfig:
     num_warps: int
 
 
-def heuristic(op: str, geometry: Geometry, dtype: torch.dtype, precision: str, device: Device) -> ConvConfig:
+def heuristic(
+    op: str, geometry: Geometry, dtype: torch.dtype, precision: str, device: Device, pending: bool = False
+) -> ConvConfig:
     """The configuration of "fprop", "dgrad" or "wgrad" where nothing was measured. Always the fused path.
+
+    ``pending``: dgrad and wgrad apply a BN backward where they load dy, whose operand is then made in registers.
 
     The split path would move two more tensors the size of x a site; whether the library's faster convolution pays for
     them is a question for a clock, so only a tuned table answers it with yes.
@@ -50,8 +54,15 @@ def heuristic(op: str, geometry: Geometry, dtype: torch.dtype, precision: str, d
         return _flatten(_conv_config(g.rows, g.k, g.c, dtype, precision, device), g, g.c, device)
     if op == "dgrad":
         config = _conv_config(g.n * g.h * g.w, g.c, g.k, dtype, precision, device, dgrad=True)
+        if pending and config.block_n == 128 and device.arch != 90:
+            # 250 registers and in some shapes spills with 128 rows on sm_80; 128 registers with 64.
+            config = replace(config, block_m=64)
         return _flatten(config, g, g.k, device)
-    return _wgrad_config(g.k, g.c, dtype, precision, device)
+    config = _wgrad_config(g.k, g.c, dtype, precision, device)
+    if pending and config.block_m * config.block_n >= 64 * 128:
+        # 255 registers and in some shapes spills with four warps; 181 (sm_80) and 173 (sm_90) with eight.
+        config = replace(config, num_warps=8)
+    return config
 
 
 def flat_taps(geometry: Geometry, depth: int, config: ConvConfig) -> bool:

@@ -1,6 +1,7 @@
 """The backward of a site on Triton: its kernels one after the other.
 
-The compiled CPU kernels do it in one pass over dy and x; here dgrad and wgrad are launches of their own. Where ``dy``
+The compiled CPU kernels do it in one pass over dy and x; here dgrad and wgrad are launches of their own, whose
+partial sums a third one adds up. Where ``dy``
 is the g of the BN behind, both may apply that BN's backward on load, or it is stored once for both: :mod:`.choose`
 counts which moves less.
 """
@@ -11,10 +12,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from . import split
 from .bn_backward_apply import bn_backward_apply
 from .choose import applies_on_load, call_of
-from .conv_dgrad import conv_dgrad
-from .conv_wgrad import conv_wgrad
+from .conv_dgrad import launch_dgrad
+from .conv_wgrad import as_strided_like, empty_dweight, launch_wgrad
+from .finalize import sum_partials, sum_site
 from .pending import stored
 
 
@@ -33,18 +36,38 @@ def conv_backward(
     training: bool,
     apply: bool,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """G (with ``apply`` dx), sum g, sum g (x - mean) and dW of a site: like ``x``, [C], [C], like ``weight``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """G (with ``apply`` dx), sum g, sum g (x - mean), dW and dgamma: like ``x``, [C], [C], like ``weight``, [C].
 
     ``bn``: scale, shift, mean, rstd. ``pending``, where not empty: ``dy`` is the g of the BN behind the convolution,
     whose input, mean, scale, rstd and, if it used the statistics of the batch, sum g and sum g (y - mean) it holds.
     """
     scale, shift, mean, rstd = bn
-    conv = (stride, padding, dilation, groups)
-    if pending and not applies_on_load(call_of(x, weight, *conv), weight_grad):
+    call = call_of(x, weight, stride, padding, dilation, groups)
+    if pending and not applies_on_load(call, weight_grad):
         dy, pending = stored(dy, pending), ()
-    dweight = conv_wgrad(dy, x, scale, shift, weight, *conv, pending) if weight_grad else weight.new_empty(0)
-    grad, sum_g, sum_gx = conv_dgrad(dy, weight, x, scale, shift, mean, da, *conv, pending)
+    # What is pending here is not on a split path: applies_on_load knows.
+    weight_partials = None
+    if weight_grad:
+        weight_partials = launch_wgrad(call, dy, x, scale, shift, weight, pending)
+        if weight_partials is None:
+            dweight = split.conv_wgrad(dy, x, scale, shift, weight, call.geometry)
+        else:
+            dweight = empty_dweight(weight)
+    else:
+        dweight = weight.new_empty(0)
+    launched = launch_dgrad(call, dy, weight, x, scale, shift, mean, da, pending)
+    if launched is None:
+        grad, sum_g, sum_gx = split.conv_dgrad(dy, weight, x, scale, shift, mean, da, call.geometry)
+        dgamma = rstd * sum_gx
+        if weight_partials is not None:
+            sum_partials(weight_partials, dweight)
+    else:
+        grad, partials = launched
+        assert partials is not None, "a masked dgrad leaves partial sums"
+        sum_g, sum_gx, dgamma = sum_site(partials, rstd, weight_partials, dweight)
+    if weight_partials is not None:
+        dweight = as_strided_like(dweight, weight)
     if apply:
         grad = bn_backward_apply(grad, x, mean, scale, rstd, sum_g, sum_gx, training, residual_grad)
-    return grad, sum_g, sum_gx, dweight
+    return grad, sum_g, sum_gx, dweight, dgamma

@@ -231,22 +231,41 @@ def conv_dgrad(
     ``scale=None`` nothing is masked or summed. Groups take the split path. With ``pending``, as
     :func:`.conv_backward.conv_backward` takes it, the BN backward that makes dy is applied on load.
     """
-    masked = scale is not None
     call = call_of(x, weight, stride, padding, dilation, groups)
-    launcher, geometry, tiles = _plan(call, masked, da is not None, len(pending))
-    if launcher is None:
-        return split.conv_dgrad(stored(dy, pending), weight, x, scale, shift, mean, da, geometry)
-    source = x
-    dy, weight, x = channels_last(dy), channels_last(weight), channels_last(x)
-    channels = geometry.c
-    g = empty_image(x, channels, geometry.h, geometry.w)
-    partials = empty_floats(x, tiles, 2 * channels) if masked else None
-    da = None if da is None else channels_last(da)
-    launcher(dy, *pending_arguments(pending), weight, x, scale, shift, mean, da, g, partials)
-    sum_g, sum_gx = empty_floats(x, channels * masked), empty_floats(x, channels * masked)
+    launched = launch_dgrad(call, dy, weight, x, scale, shift, mean, da, pending)
+    if launched is None:
+        return split.conv_dgrad(stored(dy, pending), weight, x, scale, shift, mean, da, call.geometry)
+    g, partials = launched
+    channels = 0 if partials is None else x.shape[1]
+    sum_g, sum_gx = empty_floats(x, channels), empty_floats(x, channels)
     if partials is not None:
         sum_partials(partials, sum_g, sum_gx)
-    return as_format_of(g, source), sum_g, sum_gx
+    return g, sum_g, sum_gx
+
+
+def launch_dgrad(
+    call: Call,
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None,
+    da: Tensor | None,
+    pending: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | None] | None:
+    """g, and the partial sums of its tiles, [tiles, 2 C], where it is masked. None: the split path serves."""
+    masked = scale is not None
+    launcher, geometry, tiles = _plan(call, masked, da is not None, len(pending))
+    if launcher is None:
+        return None
+    source = x
+    dy, weight, x = channels_last(dy), channels_last(weight), channels_last(x)
+    g = empty_image(x, geometry.c, geometry.h, geometry.w)
+    partials = empty_floats(x, tiles, 2 * geometry.c) if masked else None
+    da = None if da is None else channels_last(da)
+    launcher(dy, *pending_arguments(pending), weight, x, scale, shift, mean, da, g, partials)
+    return as_format_of(g, source), partials
 
 
 @planned

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import split
+from .bn_stats import bn_scale_shift
 from .choose import Call, call_of, choose, planned
 from .common import (
     Launcher,
@@ -26,9 +27,10 @@ from .common import (
     empty_image,
     store_statistics,
     tile_statistics,
+    values_per_channel,
 )
 from .configs import flat_taps
-from .finalize import merge_statistics
+from .finalize import merge_statistics, merge_statistics_for
 from .geometry import Geometry
 
 
@@ -188,19 +190,62 @@ def conv_fprop(
     :mod:`.choose` says by which path; groups take the split one.
     """
     call = call_of(x, weight, stride, padding, dilation, groups)
+    y, partials, block_m = _launch(call, x, scale, shift, weight, bias, residual, stats, relu)
+    if y is None:
+        return split.conv_fprop(x, scale, shift, weight, bias, residual, call.geometry, stats, relu)
+    if partials is None:
+        return y, empty_floats(x, 0), empty_floats(x, 0)
+    return y, *merge_statistics(partials, block_m, values_per_channel(y))
+
+
+def conv_fprop_bn(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`conv_fprop` and :func:`.bn_stats.bn_scale_shift` of the BN that reads y.
+
+    Returns y, mean, var, scale, shift, rstd; the vectors are made where the partial statistics are merged.
+    """
+    call = call_of(x, weight, stride, padding, dilation, groups)
+    y, partials, block_m = _launch(call, x, scale, shift, weight, bias, None, True, False)
+    if y is None or partials is None:
+        y, mean, var = split.conv_fprop(x, scale, shift, weight, bias, None, call.geometry, True, False)
+        return y, mean, var, *bn_scale_shift(mean, var, bn_weight, bn_bias, eps)
+    return y, *merge_statistics_for(partials, block_m, values_per_channel(y), bn_weight, bn_bias, eps)
+
+
+def _launch(
+    call: Call,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stats: bool,
+    relu: bool,
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """y (None: the split path serves), the partial statistics of its tiles, and the rows of a tile."""
     flags = (scale is not None, bias is not None, relu, residual is not None, stats)
     launcher, geometry, tiles, block_m = _plan(call, *flags)
     if launcher is None:
-        return split.conv_fprop(x, scale, shift, weight, bias, residual, geometry, stats, relu)
+        return None, None, 0
     source, x, weight = x, channels_last(x), channels_last(weight)
     y = empty_image(x, geometry.k, geometry.oh, geometry.ow)
     partials = empty_floats(x, tiles, 3, geometry.k) if stats else None
     residual = None if residual is None else channels_last(residual)
     launcher(x, scale, shift, weight, bias, residual, y, partials)
-    y = as_format_of(y, source)
-    if partials is None:
-        return y, empty_floats(x, 0), empty_floats(x, 0)
-    return y, *merge_statistics(partials, block_m, geometry.rows)
+    return as_format_of(y, source), partials, block_m
 
 
 @planned

@@ -18,7 +18,6 @@ from .choose import Call, call_of, choose, planned
 from .common import Launcher, bn_relu, cdiv, channels_last, dot, empty_floats
 from .configs import wgrad_splits
 from .finalize import sum_partials
-from .geometry import Geometry
 from .pending import apply_pending, load_bn_backward, pending_arguments, pending_kind, stored
 
 
@@ -122,29 +121,55 @@ def conv_wgrad(
     load.
     """
     call = call_of(x, weight, stride, padding, dilation, groups)
-    launcher, geometry, splits = _plan(call, len(pending))
+    partials = launch_wgrad(call, dy, x, scale, shift, weight, pending)
+    if partials is None:
+        return split.conv_wgrad(stored(dy, pending), x, scale, shift, weight, call.geometry)
+    dweight = empty_dweight(weight)
+    sum_partials(partials, dweight)
+    return as_strided_like(dweight, weight)
+
+
+def launch_wgrad(
+    call: Call,
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    pending: Sequence[Tensor],
+) -> Tensor | None:
+    """The partial sums of the parts that the pixels are cut into, [splits, K R S C]. None: the split path serves."""
+    launcher, splits = _plan(call, len(pending))
     if launcher is None:
-        return split.conv_wgrad(stored(dy, pending), x, scale, shift, weight, geometry)
+        return None
     dy, x = channels_last(dy), channels_last(x)
     partials = empty_floats(x, splits, weight.numel())
     launcher(dy, *pending_arguments(pending), x, scale, shift, partials)
+    return partials
+
+
+def empty_dweight(weight: Tensor) -> Tensor:
+    """What the sum of the partials is written to: in K,R,S,C order, and where it can be with the weight's strides.
+
+    Those of a 1x1 are ambiguous, and DDP's buckets compare them.
+    """
     if weight.is_contiguous(memory_format=torch.channels_last):
-        # With the strides too: those of a 1x1 are ambiguous, and DDP's buckets compare them.
-        dweight = torch.empty_like(weight)
-        sum_partials(partials, dweight)
-        return dweight
-    ordered = torch.empty_like(weight, memory_format=torch.channels_last)
-    sum_partials(partials, ordered)
-    return torch.empty_like(weight).copy_(ordered)
+        return torch.empty_like(weight)
+    return torch.empty_like(weight, memory_format=torch.channels_last)
+
+
+def as_strided_like(dweight: Tensor, weight: Tensor) -> Tensor:
+    """``dweight`` with the strides of ``weight``."""
+    return dweight if dweight.stride() == weight.stride() else torch.empty_like(weight).copy_(dweight)
 
 
 @planned
-def _plan(call: Call, pending: int) -> tuple[Launcher | None, Geometry, int]:
+def _plan(call: Call, pending: int) -> tuple[Launcher | None, int]:
     """The launch (None: the split path's), and into how many parts it cuts the pixels."""
     geometry = call.geometry
     config = choose("wgrad", call, *("pending",) * bool(pending)).config
     if config is None:
-        return None, geometry, 0
+        return None, 0
     rows, taps = geometry.rows, geometry.r * geometry.s
     tiles = cdiv(geometry.k, config.block_m) * cdiv(geometry.c, config.block_n) * taps
     splits = config.splits or wgrad_splits(tiles, rows, config.block_k, call.device)
@@ -165,4 +190,4 @@ def _plan(call: Call, pending: int) -> tuple[Launcher | None, Geometry, int]:
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
     )
-    return launcher, geometry, splits
+    return launcher, splits

@@ -25,9 +25,9 @@ from typing import NamedTuple
 
 import torch
 
-from .choose import Problem
+from .choose import Problem, own_config
 from .common import Device, cdiv
-from .configs import ConvConfig, flat_taps, heuristic, wgrad_splits
+from .configs import ConvConfig, flat_taps, wgrad_splits
 from .crosscompile import Resources
 
 __all__ = ["Prediction", "candidates", "fits", "predict"]
@@ -250,7 +250,7 @@ def candidates(problem: Problem, device: Device) -> list[ConvConfig]:
     the columns fit; steps of 32 to 128 bytes of channels, 4 or 8 warps, 2 to 4 stages.
     """
     g, item = problem.geometry, problem.dtype.itemsize
-    own = heuristic(problem.op, g, problem.dtype, problem.precision, device)
+    own = own_config(problem, device)
     if problem.dtype == torch.float32 and problem.precision == "ieee":
         found = [ConvConfig(m, n, 16, 4, s) for m in (32, 64, 128) for n in (16, 32, 64) for s in (2, 3)]
     elif problem.op == "wgrad":
