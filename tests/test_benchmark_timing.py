@@ -165,3 +165,40 @@ def test_frozen_peer_compiles_for_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     assert graphs == [False, True]
     torch.testing.assert_close(outs[0], outs[2])
     torch._dynamo.reset()
+
+
+def test_graph_peers_record_the_network_and_replay_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for CUDA's streams and graphs: a replay computes again from the buffer that the images go to."""
+    replays = []
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(seen[-1].clone())
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    def inside(*args: Any) -> Any:
+        return contextlib.nullcontext()
+
+    for name, stand_in in (("Stream", Stream), ("CUDAGraph", Graph), ("stream", inside), ("graph", inside)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda net, sample: net if sample else None)
+    seen: list[torch.Tensor] = []
+    net = torch.nn.Linear(3, 2)
+    net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    first, second = torch.randn(4, 3), torch.randn(4, 3)
+    found = {p.name: p for p in peers.inference(Setting("infer", [], 2, "fp32", "cuda", None, 1, 1))}
+    assert found["fused optimized graph"].ours
+    assert not found["eager graph"].ours
+    run = found["eager graph"].prepare(net, first, Setting("infer", [], 2, "fp32", "cuda", None, 1, 1))
+    assert len(seen) == 4, "three to warm up, one recorded"
+    assert seen[-1] is not first, "the graph reads a buffer of its own"
+    run(second)
+    assert torch.equal(replays[0], second)
+    training = {p.name: p for p in peers.training(Setting("step", [], 2, "fp32", "cuda", None, 1, 1))}
+    assert (
+        training["fused graph"].prepare(net, first, Setting("step", [], 2, "fp32", "cuda", None, 1, 1)) is net
+    )

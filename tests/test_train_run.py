@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -234,6 +235,65 @@ def test_sigkill_leaves_a_readable_run(tmp_path: Path) -> None:
     trainer = Trainer(config, load("digits", limit_train=64, limit_test=20), fused=False)
     checkpoint.restore(trainer, payload)
     assert trainer.evaluate().accuracy == payload["last_accuracy"]
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------
+
+
+def test_graph_needs_a_cuda_device(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="graph=True, device='cpu'"):
+        replace(CONFIG, graph=True)
+    assert cli.main(["--graph", "--device", "cpu"]) == 2
+    assert "CUDA graphs need a CUDA device" in capsys.readouterr().err
+    there = replace(CONFIG, device="cuda", graph=True)
+    args = cli.parser().parse_args(["--resume", "run", "--device", "cpu"])
+    resumed = cli.resumed_config(args, {"config": there.to_dict(), "epoch": 1})
+    assert (resumed.device, resumed.graph) == ("cpu", False), "a run can go on on another machine"
+
+
+def test_graph_records_once_and_leaves_the_statistics(
+    data: DataSet, tiny_model: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the recording: it runs the model a few times, then serves batches of its shape alone."""
+    recorded = []
+
+    def record(module: nn.Module, sample: tuple[torch.Tensor]) -> nn.Module:
+        recorded.append(sample[0].shape)
+        for _ in range(3):
+            module(sample[0] + 5)
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    weights = []
+    for graph in (False, True):
+        trainer = Trainer(CONFIG, data, fused=False)
+        trainer.config = SimpleNamespace(graph=graph)  # a real one would want a CUDA device
+        for module in trainer.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for count in (32, 32, 20):
+            trainer.step(data.train.images[:count].float(), data.train.labels[:count])
+        weights.append(trainer.model.state_dict())
+    assert recorded == [data.train.images[:32].shape]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graph_trains_as_the_model_itself(data: DataSet, dtype: str) -> None:
+    config = replace(CONFIG, device="cuda", dtype=dtype)
+    found = []
+    for graph in (False, True):
+        trainer = Trainer(
+            replace(config, graph=graph), load("digits", device="cuda", limit_train=100), fused=True
+        )
+        trainer.model.train()
+        losses = [trainer.step(*batch)[0] for batch in trainer.batches.epoch()]
+        found.append((torch.stack(losses), trainer.model.state_dict()))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(value, found[1][1][name], msg=name)
 
 
 # --- measurements -----------------------------------------------------------------------------------------

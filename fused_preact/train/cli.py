@@ -14,7 +14,7 @@ from .config import BACKENDS, DTYPES, RECIPES, Config, recipe_for
 
 RECIPE_FLAGS = ("model", "batch_size", "lr", "weight_decay", "warmup_epochs", "decay_norm")
 CONFIG_FLAGS = ("data", "seed", "fused", "dtype", "deterministic", "limit_train", "limit_test")
-MACHINE_FLAGS = ("device", "backend", "data_dir")  # where a run computes: free to change on resume
+MACHINE_FLAGS = ("device", "backend", "graph", "data_dir")  # where a run computes: free to change on resume
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,6 +71,12 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--dtype", choices=DTYPES, help="float32, or autocast to the other (default: float32)")
     where.add_argument("--backend", choices=BACKENDS, help="kernels of the fused model (default: auto)")
     where.add_argument(
+        "--graph",
+        action="store_const",
+        const=True,
+        help="record forward and backward as CUDA graphs: on images of CIFAR's size the host is the bottleneck",
+    )
+    where.add_argument(
         "--deterministic",
         action="store_const",
         const=True,
@@ -123,7 +129,10 @@ def resumed_config(args: argparse.Namespace, payload: dict[str, Any]) -> Config:
                 f"{recipe.schedule} schedule with {payload['epoch']} done; only a step schedule can be extended"
             )
         recipe = replace(recipe, epochs=args.epochs)  # the milestones stay where they were
-    return replace(config, recipe=recipe, **_given(args, CONFIG_FLAGS + MACHINE_FLAGS))
+    given = _given(args, CONFIG_FLAGS + MACHINE_FLAGS)
+    if not given.get("device", config.device).startswith("cuda"):
+        given.setdefault("graph", False)  # of the machine that the run comes from
+    return replace(config, recipe=recipe, **given)
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

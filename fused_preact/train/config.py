@@ -126,6 +126,8 @@ class Config:
     dtype: str = "float32"
     device: str = "cpu"
     backend: str = "auto"
+    graph: bool = False
+    """Forward and backward as CUDA graphs; on CUDA devices only."""
     deterministic: bool = False
     data_dir: str | None = None
     limit_train: int | None = None
@@ -135,6 +137,8 @@ class Config:
         for name, allowed in (("data", tuple(RECIPES)), ("dtype", DTYPES), ("backend", BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed: {', '.join(allowed)}")
+        if self.graph and not self.device.startswith("cuda"):
+            raise ValueError(f"graph=True, device={self.device!r}: CUDA graphs need a CUDA device")
         for name in ("limit_train", "limit_test"):
             limit = getattr(self, name)
             if limit is not None and limit < 2:  # BN cannot train on one value per channel

@@ -68,6 +68,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.batches = Batches(data.train, self.recipe, config.seed)
         self._warm = False
+        self._recorded: nn.Module | None = None
+        self._recorded_shape: torch.Size | None = None
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the forward pass; off for float32."""
@@ -76,13 +78,31 @@ class Trainer:
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One SGD step. Returns the mean loss and the number of right answers, on the device: no sync here."""
         self.optimizer.zero_grad(set_to_none=True)
+        model = self._record(images) if self.config.graph else self.model
         with self.autocast():
-            logits = self.model(images)
+            logits = model(images)
             loss = F.cross_entropy(logits, labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def _record(self, images: Tensor) -> nn.Module:
+        """The model as two CUDA graphs, recorded for batches like the first; the model itself for another batch."""
+        if self._recorded is None:
+            # The recording runs a few steps: their batch statistics are taken back.
+            buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+            # Autocast's cache of cast weights would outlive the recording.
+            enabled = self.dtype != torch.float32
+            with torch.autocast(self.device.type, self.dtype, enabled, cache_enabled=False):
+                # Around the model, whose own forward stays as it is for evaluation and the last batch of an epoch.
+                around = nn.Sequential(self.model)
+                self._recorded = torch.cuda.make_graphed_callables(around, (images.clone(),))
+            self._recorded_shape = images.shape
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+        return self._recorded if images.shape == self._recorded_shape else self.model
 
     def set_learning_rate(self, epoch: float) -> float:
         """Set every group's rate to the schedule's at ``epoch`` and return it."""
