@@ -106,9 +106,20 @@ def _fake_conv_fprop(
 
 
 def _fake_conv_fprop_bn(
-    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    *bn: Any,
 ) -> tuple[Tensor, ...]:
-    y, *statistics = _fake_conv_fprop(x, scale, shift, weight, bias, None, *args[:4], True)
+    y, *statistics = _fake_conv_fprop(
+        x, scale, shift, weight, bias, None, stride, padding, dilation, groups, True
+    )
     return y, *statistics, *(_vector(x, weight.shape[0]) for _ in range(3))
 
 
@@ -185,6 +196,7 @@ def _beyond_triton(args: tuple[Any, ...]) -> bool:
     float64 (the oracle's dtype), no elements, and more than 2^31 pixels: the kernels count elements in 64 bits but
     pixels in 32.
     """
+    # The one operation whose first argument is a list, bn_update_running, has nothing but vectors.
     first = args[0] if isinstance(args[0], Tensor) else args[0][0]
     if first.dtype == torch.float64:  # and with it every other tensor's
         return True

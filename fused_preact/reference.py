@@ -296,8 +296,8 @@ def conv_backward(
     training: bool,
     apply: bool,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward of a site: g (with ``apply`` dx instead), sum g, sum g (x - mu), dW.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward of a site: g (with ``apply`` dx instead), sum g, sum g (x - mu), dW, dgamma.
 
     ``bn`` is scale, shift, mean and rstd of the site's BN. ``dy`` is the gradient of the convolution's output
     y, or, with ``pending``, the g of the BN behind it: y and that BN's mean, scale, rstd, sum g and

@@ -205,13 +205,14 @@ def test_a_launcher_keeps_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -
     for other in (x[1:], x[1:], x.double()):
         launcher(other, None)
     assert (len(bound), len(launched)) == (4, 1)
-    launcher(x, None)
     launcher(x.double(), None)
+    assert (len(bound), len(launched)) == (4, 2), "the dtype launched last is kept"
     launcher(x, None)
-    assert (len(bound), len(launched)) == (4, 4)
+    launcher(x, None)
+    assert (len(bound), len(launched)) == (5, 3)
     current[0] = 0
     launcher(x, None)
-    assert (len(bound), len(launched)) == (5, 4)
+    assert (len(bound), len(launched)) == (6, 3)
     current[0] = -1
     hook = triton.knobs.runtime.launch_enter_hook
     hook.add(print)
@@ -219,6 +220,6 @@ def test_a_launcher_keeps_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -
         launcher(x, None)
     finally:
         hook.remove(print)
-    assert (len(bound), len(launched)) == (6, 4)
+    assert (len(bound), len(launched)) == (7, 3)
     with pytest.raises(KeyError):
-        Launcher(Kernel(), (3,), 4, rows=7, other=64)
+        Launcher(Kernel(), (3,), num_warps=4, rows=7, other=64)

@@ -179,14 +179,14 @@ def test_bn_stats_constant_channel(device: str) -> None:
 
 def test_bn_stats_two_levels(device: str) -> None:
     """More tiles than one program merges, the last of them ragged, means drifting from tile to tile."""
-    from fused_preact.kernels.triton.finalize import merge_statistics, sum_partials
+    from fused_preact.kernels.triton.finalize import TileStatistics, merge_statistics, sum_partials
 
     rows, per_tile = 2500 * 4 - 3, 4
     x = torch.randn(rows, 5, dtype=torch.float64) + torch.linspace(0, 30, rows)[:, None].double()
     tiles = [x[i : i + per_tile] for i in range(0, rows, per_tile)]
     zero = torch.zeros(5)
     partials = torch.stack([torch.stack([t.mean(0), zero, t.var(0, correction=0) * len(t)]) for t in tiles])
-    mean, var = merge_statistics(partials.float().to(device), per_tile, rows)
+    mean, var = merge_statistics(TileStatistics(partials.float().to(device), per_tile, rows))
     assert torch.allclose(mean.double().cpu(), x.mean(0), rtol=1e-6)
     assert torch.allclose(var.double().cpu(), x.var(0, correction=0), rtol=1e-6)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +68,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.batches = Batches(data.train, self.recipe, config.seed)
         self._warm = False
-        self._recorded: nn.Module | None = None
-        self._recorded_shape: torch.Size | None = None
+        self._recorded: tuple[torch.Size, Callable[[Tensor], Tensor]] | None = None
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the forward pass; off for float32."""
@@ -87,7 +86,7 @@ class Trainer:
         self.scaler.update()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
-    def _record(self, images: Tensor) -> nn.Module:
+    def _record(self, images: Tensor) -> Callable[[Tensor], Tensor]:
         """The model as two CUDA graphs, recorded for batches like the first; the model itself for another batch."""
         if self._recorded is None:
             # The recording runs a few steps: their batch statistics are taken back.
@@ -97,12 +96,13 @@ class Trainer:
             with torch.autocast(self.device.type, self.dtype, enabled, cache_enabled=False):
                 # Around the model, whose own forward stays as it is for evaluation and the last batch of an epoch.
                 around = nn.Sequential(self.model)
-                self._recorded = torch.cuda.make_graphed_callables(around, (images.clone(),))
-            self._recorded_shape = images.shape
+                replay = torch.cuda.make_graphed_callables(around, (images.clone(),))
+            self._recorded = images.shape, cast(Callable[[Tensor], Tensor], replay)
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
-        return self._recorded if images.shape == self._recorded_shape else self.model
+        shape, replay = self._recorded
+        return replay if images.shape == shape else self.model
 
     def set_learning_rate(self, epoch: float) -> float:
         """Set every group's rate to the schedule's at ``epoch`` and return it."""

@@ -22,7 +22,7 @@ from .common import (
     tile_statistics,
 )
 from .configs import tile_config
-from .finalize import merge_statistics
+from .finalize import TileStatistics, merge_statistics
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def _statistics(x: Tensor, added: Tensor | None, y: Tensor | None) -> tuple[Tens
     launcher, tiles, rows_per_tile = _launcher(rows, channels, added is not None, device_of(x))
     partials = empty_floats(x, tiles, 3, channels)
     launcher(x, added, y, partials)
-    return merge_statistics(partials, rows_per_tile, rows)
+    return merge_statistics(TileStatistics(partials, rows_per_tile, rows))
 
 
 @functools.lru_cache(maxsize=4096)

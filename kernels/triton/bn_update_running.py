@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -134,13 +135,14 @@ def _launcher(
 ) -> Launcher:
     sizes = channels + (0,) * (_AT_ONCE - len(channels))
     unbiased = [count / max(count - 1, 1) for count in counts] + [0.0] * (_AT_ONCE - len(counts))
+    of_each: dict[str, Any] = {f"unbiased{i}": value for i, value in enumerate(unbiased)}
+    of_each |= {f"C{i}": size for i, size in enumerate(sizes)}
     return Launcher(
         _bn_update_running_kernel,
         (len(channels),),
         num_warps=4,
         momentum=0.0 if momentum is None else float(momentum),
-        **{f"unbiased{i}": value for i, value in enumerate(unbiased)},
-        **{f"C{i}": size for i, size in enumerate(sizes)},
+        **of_each,
         BNS=len(channels),
         HAS_COUNTER=counted,
         CUMULATIVE=momentum is None and counted,

@@ -171,7 +171,6 @@ class _Ready(NamedTuple):
 
     kinds: list[torch.dtype | None]
     """The tensors' dtypes that it was compiled for, None where there was none."""
-    device: int
     run: Any
     function: Any
     metadata: Any
@@ -189,15 +188,14 @@ class Launcher:
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int = 1, **scalars: Any
+        self, kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int = 1, **scalars: Any
     ) -> None:
         self._kernel, self._names = kernel, kernel.arg_names
         self._grid = grid + (1,) * (3 - len(grid))
         self._values = tuple(scalars[name] for name in self._names[-len(scalars) :])
         self._num_warps, self._num_stages = num_warps, num_stages
-        self._ready: _Ready | None = None
-        """What was launched last; with it the dtypes and the device are compared, not hashed."""
-        self._others: dict[Any, _Ready] = {}
+        self._ready: dict[int, _Ready] = {}
+        """What was launched last on each device."""
 
     def __call__(self, *tensors: Tensor | None) -> None:
         first = tensors[0]
@@ -210,9 +208,9 @@ class Launcher:
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         kinds = [t if t is None else t.dtype for t in tensors]
         index = first.get_device()
-        ready = self._ready
-        if ready is None or ready.kinds != kinds or ready.device != index:
-            ready = self._others.get((index, *kinds))
+        ready = self._ready.get(index)
+        if ready is not None and ready.kinds != kinds:
+            ready = None
         aligned = not functools.reduce(operator.or_, addresses) & 15
         if ready is not None and aligned and ready.current_device() == index and not _hooked():
             stream = ready.current_stream(index)
@@ -234,9 +232,8 @@ class Launcher:
             )
         if ready is None and aligned and compiled is not None:  # the interpreter compiles nothing
             driver = triton.runtime.driver.active
-            self._ready = self._others[(index, *kinds)] = _Ready(
+            self._ready[index] = _Ready(
                 kinds,
-                index,
                 compiled.run,
                 compiled.function,
                 compiled.packed_metadata,
@@ -299,12 +296,6 @@ def empty_image(x: Tensor, channels: int, height: int, width: int) -> Tensor:
 def empty_floats(x: Tensor, *size: int) -> Tensor:
     """An empty float32 tensor on the device of ``x``."""
     return x.new_empty(*size, dtype=torch.float32)
-
-
-def values_per_channel(x: Tensor) -> int:
-    """N H W of an image."""
-    n, _, height, width = x.shape
-    return n * height * width
 
 
 def as_format_of(y: Tensor, x: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """The backward of a site on Triton: its kernels one after the other.
 
 The compiled CPU kernels do it in one pass over dy and x; here dgrad and wgrad are launches of their own, whose
-partial sums a third one adds up. Where ``dy``
-is the g of the BN behind, both may apply that BN's backward on load, or it is stored once for both: :mod:`.choose`
-counts which moves less.
+partial sums a third one adds up. Where ``dy`` is the g of the BN behind, both may apply that BN's backward on load,
+or it is stored once for both: :mod:`.choose` counts which moves less.
 """
 
 from __future__ import annotations
@@ -46,28 +45,23 @@ def conv_backward(
     call = call_of(x, weight, stride, padding, dilation, groups)
     if pending and not applies_on_load(call, weight_grad):
         dy, pending = stored(dy, pending), ()
-    # What is pending here is not on a split path: applies_on_load knows.
-    weight_partials = None
-    if weight_grad:
-        weight_partials = launch_wgrad(call, dy, x, scale, shift, weight, pending)
-        if weight_partials is None:
-            dweight = split.conv_wgrad(dy, x, scale, shift, weight, call.geometry)
-        else:
-            dweight = empty_dweight(weight)
+    # What is pending from here on is on no split path: applies_on_load knows.
+    weight_partials = launch_wgrad(call, dy, x, scale, shift, weight, pending) if weight_grad else None
+    dweight = weight.new_empty(0) if weight_partials is None else empty_dweight(weight)
+    launched = launch_dgrad(call, dy, weight, x, (scale, shift, mean), da, pending)
+    if launched is not None:
+        grad, partials = launched
+        assert partials is not None, "a masked dgrad leaves partial sums"
+        sum_g, sum_gx, dgamma = sum_site(partials, rstd, weight_partials, dweight)
     else:
-        dweight = weight.new_empty(0)
-    launched = launch_dgrad(call, dy, weight, x, scale, shift, mean, da, pending)
-    if launched is None:
         grad, sum_g, sum_gx = split.conv_dgrad(dy, weight, x, scale, shift, mean, da, call.geometry)
         dgamma = rstd * sum_gx
         if weight_partials is not None:
             sum_partials(weight_partials, dweight)
-    else:
-        grad, partials = launched
-        assert partials is not None, "a masked dgrad leaves partial sums"
-        sum_g, sum_gx, dgamma = sum_site(partials, rstd, weight_partials, dweight)
     if weight_partials is not None:
         dweight = as_strided_like(dweight, weight)
+    elif weight_grad:
+        dweight = split.conv_wgrad(dy, x, scale, shift, weight, call.geometry)
     if apply:
         grad = bn_backward_apply(grad, x, mean, scale, rstd, sum_g, sum_gx, training, residual_grad)
     return grad, sum_g, sum_gx, dweight, dgamma

@@ -232,7 +232,7 @@ def conv_dgrad(
     :func:`.conv_backward.conv_backward` takes it, the BN backward that makes dy is applied on load.
     """
     call = call_of(x, weight, stride, padding, dilation, groups)
-    launched = launch_dgrad(call, dy, weight, x, scale, shift, mean, da, pending)
+    launched = launch_dgrad(call, dy, weight, x, (scale, shift, mean), da, pending)
     if launched is None:
         return split.conv_dgrad(stored(dy, pending), weight, x, scale, shift, mean, da, call.geometry)
     g, partials = launched
@@ -248,14 +248,15 @@ def launch_dgrad(
     dy: Tensor,
     weight: Tensor,
     x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor | None,
+    mask: tuple[Tensor | None, Tensor | None, Tensor | None],
     da: Tensor | None,
     pending: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None] | None:
-    """g, and the partial sums of its tiles, [tiles, 2 C], where it is masked. None: the split path serves."""
-    masked = scale is not None
+    """g, and the partial sums of its tiles, [tiles, 2 C], where it is masked. None: the split path serves.
+
+    ``mask``: scale, shift and mean, or None for each.
+    """
+    masked = mask[0] is not None
     launcher, geometry, tiles = _plan(call, masked, da is not None, len(pending))
     if launcher is None:
         return None
@@ -264,7 +265,7 @@ def launch_dgrad(
     g = empty_image(x, geometry.c, geometry.h, geometry.w)
     partials = empty_floats(x, tiles, 2 * geometry.c) if masked else None
     da = None if da is None else channels_last(da)
-    launcher(dy, *pending_arguments(pending), weight, x, scale, shift, mean, da, g, partials)
+    launcher(dy, *pending_arguments(pending), weight, x, *mask, da, g, partials)
     return as_format_of(g, source), partials
 
 

@@ -27,10 +27,9 @@ from .common import (
     empty_image,
     store_statistics,
     tile_statistics,
-    values_per_channel,
 )
 from .configs import flat_taps
-from .finalize import merge_statistics, merge_statistics_for
+from .finalize import TileStatistics, merge_statistics, merge_statistics_for
 from .geometry import Geometry
 
 
@@ -190,12 +189,13 @@ def conv_fprop(
     :mod:`.choose` says by which path; groups take the split one.
     """
     call = call_of(x, weight, stride, padding, dilation, groups)
-    y, partials, block_m = _launch(call, x, scale, shift, weight, bias, residual, stats, relu)
-    if y is None:
+    launched = _launch(call, x, (scale, shift), weight, bias, residual, stats, relu)
+    if launched is None:
         return split.conv_fprop(x, scale, shift, weight, bias, residual, call.geometry, stats, relu)
-    if partials is None:
+    y, statistics = launched
+    if statistics is None:
         return y, empty_floats(x, 0), empty_floats(x, 0)
-    return y, *merge_statistics(partials, block_m, values_per_channel(y))
+    return y, *merge_statistics(statistics)
 
 
 def conv_fprop_bn(
@@ -217,35 +217,37 @@ def conv_fprop_bn(
     Returns y, mean, var, scale, shift, rstd; the vectors are made where the partial statistics are merged.
     """
     call = call_of(x, weight, stride, padding, dilation, groups)
-    y, partials, block_m = _launch(call, x, scale, shift, weight, bias, None, True, False)
-    if y is None or partials is None:
+    launched = _launch(call, x, (scale, shift), weight, bias, None, True, False)
+    if launched is None:
         y, mean, var = split.conv_fprop(x, scale, shift, weight, bias, None, call.geometry, True, False)
         return y, mean, var, *bn_scale_shift(mean, var, bn_weight, bn_bias, eps)
-    return y, *merge_statistics_for(partials, block_m, values_per_channel(y), bn_weight, bn_bias, eps)
+    y, statistics = launched
+    assert statistics is not None, "they were asked for"
+    return y, *merge_statistics_for(statistics, bn_weight, bn_bias, eps)
 
 
 def _launch(
     call: Call,
     x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    prologue: tuple[Tensor | None, Tensor | None],
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     stats: bool,
     relu: bool,
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """y (None: the split path serves), the partial statistics of its tiles, and the rows of a tile."""
-    flags = (scale is not None, bias is not None, relu, residual is not None, stats)
+) -> tuple[Tensor, TileStatistics | None] | None:
+    """y, and with ``stats`` the statistics of its tiles. None: the split path serves."""
+    flags = (prologue[0] is not None, bias is not None, relu, residual is not None, stats)
     launcher, geometry, tiles, block_m = _plan(call, *flags)
     if launcher is None:
-        return None, None, 0
+        return None
     source, x, weight = x, channels_last(x), channels_last(weight)
     y = empty_image(x, geometry.k, geometry.oh, geometry.ow)
     partials = empty_floats(x, tiles, 3, geometry.k) if stats else None
+    statistics = None if partials is None else TileStatistics(partials, block_m, geometry.rows)
     residual = None if residual is None else channels_last(residual)
-    launcher(x, scale, shift, weight, bias, residual, y, partials)
-    return as_format_of(y, source), partials, block_m
+    launcher(x, *prologue, weight, bias, residual, y, partials)
+    return as_format_of(y, source), statistics
 
 
 @planned

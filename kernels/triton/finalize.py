@@ -6,6 +6,7 @@ No atomics anywhere: the order of every sum is that of the tiles, so two runs gi
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -158,32 +159,42 @@ def _sum_site_kernel(
         tl.store(dweight_ptr + i, total.to(dweight_ptr.dtype.element_ty), mask=i < L)
 
 
-def merge_statistics(partials: Tensor, rows_per_tile: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Per-tile (mean high, mean low, M2) [tiles, 3, C] over ``rows_per_tile`` rows each -> mean, biased variance."""
-    channels = partials.shape[2]
-    mean, var = empty_floats(partials, channels), empty_floats(partials, channels)
-    partials, launcher = _merged(partials, rows_per_tile, rows, None)
+class TileStatistics(NamedTuple):
+    """The statistics of an image's tiles, as :func:`.common.store_statistics` leaves them."""
+
+    partials: Tensor
+    """Mean (high, low) and M2, float32 [tiles, 3, C]."""
+    rows_per_tile: int
+    """Pixels of every tile but the last."""
+    rows: int
+    """Pixels of all tiles, N H W."""
+
+
+def merge_statistics(tiles: TileStatistics) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, [C] each."""
+    channels = tiles.partials.shape[2]
+    mean, var = empty_floats(tiles.partials, channels), empty_floats(tiles.partials, channels)
+    partials, launcher = _merged(tiles, None)
     launcher(partials, mean, var, None, None, None, None, None)
     return mean, var
 
 
 def merge_statistics_for(
-    partials: Tensor, rows_per_tile: int, rows: int, gamma: Tensor | None, beta: Tensor | None, eps: float
+    tiles: TileStatistics, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`merge_statistics`, and scale, shift and rstd of the BN that normalises with them, as
     :func:`.bn_stats.bn_scale_shift` makes them.
     """
-    channels = partials.shape[2]
-    mean, var, scale, shift, rstd = (empty_floats(partials, channels) for _ in range(5))
-    partials, launcher = _merged(partials, rows_per_tile, rows, (eps, gamma is not None, beta is not None))
+    channels = tiles.partials.shape[2]
+    mean, var, scale, shift, rstd = (empty_floats(tiles.partials, channels) for _ in range(5))
+    partials, launcher = _merged(tiles, (eps, gamma is not None, beta is not None))
     launcher(partials, mean, var, gamma, beta, scale, shift, rstd)
     return mean, var, scale, shift, rstd
 
 
-def _merged(
-    partials: Tensor, rows_per_tile: int, rows: int, bn: tuple[float, bool, bool] | None
-) -> tuple[Tensor, Launcher]:
+def _merged(statistics: TileStatistics, bn: tuple[float, bool, bool] | None) -> tuple[Tensor, Launcher]:
     """Partials of no more tiles than one program merges, and the launch of the last level."""
+    partials, rows_per_tile, rows = statistics
     tiles, _, channels = partials.shape
     while tiles > _FAN_IN:
         groups = cdiv(tiles, _FAN_IN)
