@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -95,3 +96,41 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(
                     module, name, lambda *args, allocate=allocate: allocate(*args).fill_(torch.nan)
                 )
+
+
+@pytest.fixture
+def eval_without_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from a second thread, and stall on it where the machine is shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training script builds the tiny model whatever the name."""
+    from train_helpers import tiny
+
+    from fused_preact import models
+
+    monkeypatch.setattr(models, "create", tiny)
+
+
+@pytest.fixture(scope="module")
+def data() -> Any:
+    """A hundred and fifty of the handwritten digits."""
+    from fused_preact.train.data import load
+
+    return load("digits", limit_train=100, limit_test=50)
