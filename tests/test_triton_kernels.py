@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -439,6 +441,34 @@ def test_conv_backward_with_a_pending_bn(
         name = ("sum_g", "sum_gx")[i - 1]
         assert_within_policy(name, actual[i], eager[i], oracle[i], terms=total, terms_dtype=dtype)
     assert torch.equal(actual[4], s.rstd * actual[2]), "dgamma"
+
+
+@pytest.mark.parametrize("library", [(), ("conv_dgrad",), ("conv_wgrad",), ("conv_dgrad", "conv_wgrad")])
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_conv_backward_of_either_path(
+    device: str, library: tuple[str, ...], weight_grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tuned table may choose the library for one of the two: all five results whoever serves them."""
+    from fused_preact.kernels.triton import choose
+
+    for name in library:
+        module = importlib.import_module(f"fused_preact.kernels.triton.{name}")
+        monkeypatch.setattr(module, "choose", lambda *asked: choose.Choice("split", None, "forced"))
+    s = make_site(CASES[2].values[0], torch.float32, device)
+
+    def run(k: Any, s: Any) -> Any:
+        bn = [s.scale, s.shift, s.mean, s.rstd]
+        arguments = (s.dy, [], s.weight, s.x, bn, s.da, None, *s.constants)
+        return k.conv_backward(*arguments, True, False, weight_grad)
+
+    choose.reload()  # launches planned by other tests
+    try:
+        actual = run(triton_ops, s)
+    finally:
+        choose.reload()
+    eager, oracle = run(reference, s), run(reference, s.double())
+    for i, name in enumerate(("g", "sum_g", "sum_gx", "dweight", "dgamma")):
+        assert_within_policy(name, actual[i], eager[i], oracle[i])
 
 
 @pytest.mark.parametrize("affine", [True, False])
