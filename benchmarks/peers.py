@@ -42,10 +42,8 @@ class Peer(NamedTuple):
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """Entered around every block of its calls, forward and backward."""
 
-    @property
-    def ours(self) -> bool:
-        """Whether our operations run in it."""
-        return self.name.startswith(OURS)
+    ours: bool = False
+    """Whether our operations run in it."""
 
 
 def missing(peer: Peer) -> str | None:
@@ -196,9 +194,7 @@ _EAGER = [
     Peer("compile", _compiled(None), "pointwise"),
 ]
 _TUNED = Peer("max-autotune", _compiled("max-autotune"), "pointwise")
-_OURS = Peer(OURS, _as_is, "c1")
-
-
+_OURS = Peer(OURS, _as_is, "c1", ours=True)
 _GEMS = Peer("FlagGems", _as_is, "eager", package="flag_gems", context=_gems)
 
 NOT_COMPARED = {
@@ -215,7 +211,7 @@ def training(setting: Setting) -> list[Peer]:
     """The peers of a training step that were asked for; the base is always among them."""
     found = [*_EAGER, _OURS]
     if setting.device == "cuda":
-        graphed = [Peer("eager graph", _graphed, "eager"), Peer(f"{OURS} graph", _graphed, "c1")]
+        graphed = [Peer("eager graph", _graphed, "eager"), Peer(f"{OURS} graph", _graphed, "c1", ours=True)]
         found += [*graphed, _TUNED, _GEMS]
     return [p for p in found if p.name == BASE or setting.wants(p.name)]
 
@@ -223,11 +219,11 @@ def training(setting: Setting) -> list[Peer]:
 def inference(setting: Setting) -> list[Peer]:
     """The peers of inference that were asked for; the base is always among them."""
     found = [*_EAGER, Peer("inductor frozen", _frozen, "pointwise"), _OURS]
-    found += [Peer(OPTIMIZED, _optimized, "c1")]
+    found += [Peer(OPTIMIZED, _optimized, "c1", ours=True)]
     if setting.device == "cuda":
         graphed = [
             Peer("eager graph", _replayed(_as_is), "eager"),
-            Peer(f"{OPTIMIZED} graph", _replayed(_optimized), "c1"),
+            Peer(f"{OPTIMIZED} graph", _replayed(_optimized), "c1", ours=True),
         ]
         found += [*graphed, _TUNED, _GEMS]
     else:
