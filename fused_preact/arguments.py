@@ -191,6 +191,8 @@ class _Plan(NamedTuple):
     unit: Unit
     counts: tuple[int, ...]
     """Values per channel of each site's input."""
+    memo: dict[Any, Any]
+    """For :func:`ops.run`: what a backend remembers of units of these shapes and dtypes."""
 
 
 def checked(check: Callable[..., Any], x: Tensor, *args: Any) -> Any:
@@ -333,7 +335,8 @@ def check_unit(
     if residual is not None:
         _check_same_kind("residual", residual, x)
         _check_added("residual", residual[0], shape)
-    return _Plan(Unit(tuple(constants), projection_spec, identity, return_statistics), tuple(counts))
+    unit = Unit(tuple(constants), projection_spec, identity, return_statistics)
+    return _Plan(unit, tuple(counts), {})
 
 
 def check_head(x: Kind, bn: NormKind) -> None:

@@ -6,6 +6,7 @@ network's head. Saved are the raw inputs of the sites, per-channel vectors and t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,59 +48,85 @@ class UnitFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, unit: Unit, backend: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, unit: Unit, backend: str, memo: dict[Any, Any] | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         count = len(unit.sites)
-        x, residual, projection_weight, projection_bias = tensors[:4]
+        x = tensors[0]
         assert x is not None
-        end = 4 + 4 * count
-        sites = [SiteTensors(*tensors[i : i + 4]) for i in range(4, end, 4)]  # type: ignore[arg-type]
-        given = [_pair(*tensors[i : i + 2]) for i in range(end, end + 2 * count, 2)]
-        projection = None if projection_weight is None else (projection_weight, projection_bias)
+        y, *rest = ops.run(ops.table(backend, x), memo, "forward", _forward, unit, tensors)
+        kept = 6 * count + 1
 
-        result = unit_forward(ops.table(backend, x), unit, x, given, sites, projection, residual)
-
-        ctx.unit, ctx.backend = unit, backend
+        ctx.unit, ctx.backend, ctx.memo = unit, backend, memo
         # Of gamma, beta and the biases backward knows all it needs from ``needs_input_grad`` and their dtypes.
         ctx.dtypes = [
-            (None if s[0] is None else s[0].dtype, None if s[1] is None else s[1].dtype) for s in sites
+            tuple(None if t is None else t.dtype for t in tensors[i : i + 2])
+            for i in range(4, 4 + 4 * count, 4)
         ]
-        kept = [projection_weight]
-        for saved, site in zip(result.saved, sites, strict=True):
-            kept += (*saved, site.weight)
-        ctx.save_for_backward(*kept)
-        made = [*result.output_stats] if unit.output_stats else []
-        for pair, was in zip(result.statistics, given, strict=True):
-            if was is None:
-                made += pair
+        ctx.save_for_backward(*rest[:kept])
+        made = rest[kept:]
         ctx.mark_non_differentiable(*made)
         ctx.set_materialize_grads(False)
-        return (result.y, *made)
+        return (y, *made)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *unused: None) -> Any:
         unit: Unit = ctx.unit
         count = len(unit.sites)
         if dy is None:
-            return (None,) * (6 + 6 * count)
-        projection_weight, *kept = ctx.saved_tensors
-        saved = [SiteSaved(*kept[i : i + 5]) for i in range(0, 6 * count, 6)]
-        weights = kept[5::6]
-        asked = ctx.needs_input_grad[2:]
-        needs = UnitNeeds(asked[0], [asked[i : i + 4] for i in range(4, 4 + 4 * count, 4)], asked[2:4])
-        table = ops.table(ctx.backend, dy)
-        arguments = (unit, saved, weights, ctx.dtypes, projection_weight, dy, needs)
+            return (None,) * (7 + 6 * count)
+        kept = ctx.saved_tensors
+        asked = ctx.needs_input_grad[3:]
+        arguments = (
+            ops.table(ctx.backend, dy),
+            ctx.memo,
+            asked,
+            _backward,
+            (unit, ctx.dtypes, asked),
+            (dy, *kept),
+        )
         differentiated = torch.is_grad_enabled()  # create_graph=True
         if differentiated:
             with torch.no_grad():
-                grads = unit_backward(table, *arguments)
+                result = tuple(ops.run(*arguments))
         else:
-            grads = unit_backward(table, *arguments)
-        result: tuple[Any, ...] = (grads.x, dy if asked[1] else None, *grads.projection)
-        for site in grads.sites:
-            result = (*result, *site)
+            result = tuple(ops.run(*arguments))
         if differentiated:
-            result = _forbid_double_backward(result, dy, saved[0].x, *weights)
-        return (None, None, *result, *(None,) * (2 * count))
+            result = _forbid_double_backward(result, dy, kept[1], *kept[6::6])
+        return (None, None, None, *result, *(None,) * (2 * count))
+
+
+def _forward(k: Any, unit: Unit, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """y; what backward needs: the projection's weight and of each site x, mean, scale, shift, rstd and W; then what
+    is returned beside y.
+    """
+    count = len(unit.sites)
+    x, residual, projection_weight, projection_bias = tensors[:4]
+    assert x is not None
+    end = 4 + 4 * count
+    sites = [SiteTensors(*tensors[i : i + 4]) for i in range(4, end, 4)]  # type: ignore[arg-type]
+    given = [_pair(*tensors[i : i + 2]) for i in range(end, end + 2 * count, 2)]
+    projection = None if projection_weight is None else (projection_weight, projection_bias)
+    result = unit_forward(k, unit, x, given, sites, projection, residual)
+    found = [result.y, projection_weight]
+    for saved, site in zip(result.saved, sites, strict=True):
+        found += (*saved, site.weight)
+    found += result.output_stats if unit.output_stats else ()
+    for pair, was in zip(result.statistics, given, strict=True):
+        found += pair if was is None else ()
+    return found
+
+
+def _backward(k: Any, constants: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of x, the residual, the projection and of each site's gamma, beta, W and bias."""
+    unit, dtypes, asked = constants
+    count = len(unit.sites)
+    dy, projection_weight, *kept = tensors
+    assert dy is not None
+    saved = [SiteSaved(*kept[i : i + 5]) for i in range(0, 6 * count, 6)]  # type: ignore[arg-type]
+    needs = UnitNeeds(asked[0], [asked[i : i + 4] for i in range(4, 4 + 4 * count, 4)], asked[2:4])
+    grads = unit_backward(k, unit, saved, kept[5::6], dtypes, projection_weight, dy, needs)  # type: ignore[arg-type]
+    return [grads.x, dy if asked[1] else None, *grads.projection, *(g for site in grads.sites for g in site)]
 
 
 class HeadFunction(torch.autograd.Function):

@@ -6,6 +6,7 @@ arXiv:1502.03167). Behind a convolution, z = conv(a, s W) + (s b + t): a scaled 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -122,8 +123,10 @@ def fold_unit(unit: _PreActUnit) -> FoldedUnit:
 # --- the two ways to run ------------------------------------------------------------------------------------
 
 
-def _run_sites(k: Any, units: list[FoldedUnit], x: Tensor) -> Tensor:
-    """Unit by unit with the operations of a backend; the weights are already in the dtype of ``x``."""
+def _run_sites(k: Any, units: list[FoldedUnit], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Unit by unit with the operations of a backend: y of x. The weights are already in the dtype of x."""
+    (x,) = tensors
+    assert x is not None
     for unit in units:
         added = x
         if unit.projection is not None:
@@ -137,22 +140,35 @@ def _run_sites(k: Any, units: list[FoldedUnit], x: Tensor) -> Tensor:
             residual = added if index == last else None
             x, _, _ = k.conv_fprop(x, *affine, weight, bias, residual, *constants, False, index < last)
             affine = (None, None)
-    return x
+    return [x]
 
 
-def _cast(units: list[FoldedUnit], dtype: torch.dtype) -> list[FoldedUnit]:
-    """The weights as a backend's convolution reads them: the dtype of its input, channels_last."""
+class _Cast(NamedTuple):
+    """The units with their weights as a backend's convolution reads them: the dtype of its input, channels_last."""
+
+    units: list[FoldedUnit]
+    tensors: list[Tensor]
+    """All that they hold."""
+    memo: dict[Any, Any]
+    """For :func:`ops.run`."""
+
+
+def _cast(units: list[FoldedUnit], dtype: torch.dtype) -> _Cast:
 
     def cast(conv: FoldedConv) -> FoldedConv:
         return conv._replace(weight=conv.weight.to(dtype, memory_format=torch.channels_last))
 
-    return [
+    units = [
         unit._replace(
             convs=[cast(c) for c in unit.convs],
             projection=None if unit.projection is None else cast(unit.projection),
         )
         for unit in units
     ]
+    tensors = [t for unit in units for t in (unit.scale, unit.shift)]
+    convs = [c for unit in units for c in (*unit.convs, unit.projection) if c is not None]
+    tensors += [t for c in convs for t in (c.weight, c.bias) if t is not None]
+    return _Cast(units, tensors, {})
 
 
 class _Packed(NamedTuple):
@@ -213,7 +229,11 @@ def run_chain(units: list[FoldedUnit], made: dict[Any, Any], x: Tensor) -> Tenso
             return torch.ops.fused_preact.unit_chain(x, packed.weights, packed.spec)
     if x.dtype not in made:
         made[x.dtype] = _cast(units, x.dtype)
-    return _run_sites(ops.table(ops.requested_backend(), x), made[x.dtype], x)
+    cast: _Cast = made[x.dtype]
+    k = ops.table(ops.requested_backend(), x)
+    y = ops.run(k, cast.memo, x.shape, _run_sites, cast.units, (x,), cast.tensors)[0]
+    assert y is not None
+    return y
 
 
 def run_stem(stem: Stem, made: dict[Any, Any], x: Tensor) -> Tensor | None:

@@ -165,7 +165,8 @@ def _unit(
     for bn, _ in sites[1:]:
         given += (None, None) if bn.batch_stats else (bn.running_mean, bn.running_var)
     shortcut = (None, None) if projection is None else (projection.weight, projection.bias)
-    y, *made = UnitFunction.apply(plan.unit, backend, x, residual, *shortcut, *parameters, *given)
+    memo = None if torch.compiler.is_compiling() else plan.memo
+    y, *made = UnitFunction.apply(plan.unit, backend, memo, x, residual, *shortcut, *parameters, *given)
 
     computed = iter(made)
     output_statistics = Statistics(next(computed), next(computed)) if return_statistics else None
@@ -196,10 +197,11 @@ def _first_statistics(
     if statistics is None:
         return None
     for field, tensor in zip(Statistics._fields, statistics, strict=True):
-        if tensor.shape != (x.shape[1],) or tensor.dtype != statistics_dtype(x.dtype):
+        wanted = (x.shape[1],), statistics_dtype(x.dtype), x.device
+        if (tensor.shape, tensor.dtype, tensor.device) != wanted:
             raise ValueError(
-                f"statistics.{field}: got shape {tuple(tensor.shape)} and dtype {tensor.dtype}, allowed are "
-                f"({x.shape[1]},) and {statistics_dtype(x.dtype)}"
+                f"statistics.{field}: got shape {tuple(tensor.shape)}, dtype {tensor.dtype} and device "
+                f"{tensor.device}, allowed are {wanted[0]}, {wanted[1]} and {wanted[2]}"
             )
     if statistics.mean.requires_grad or statistics.var.requires_grad:
         return statistics.mean.detach(), statistics.var.detach()

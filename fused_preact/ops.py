@@ -17,7 +17,7 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["BACKENDS", "backend", "requested_backend", "serving_backend", "table"]
+__all__ = ["BACKENDS", "backend", "requested_backend", "run", "serving_backend", "table"]
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
@@ -389,3 +389,25 @@ def table(requested: str, x: Tensor) -> Any:
         # serve of the unit's input it can serve of the unit.
         return _triton_table()
     return _dispatched
+
+
+def run(
+    k: Any,
+    memo: dict[Any, Any] | None,
+    key: Any,
+    function: Callable[..., list[Tensor | None]],
+    constants: Any,
+    tensors: Sequence[Tensor | None],
+    held: Sequence[Tensor] = (),
+) -> list[Tensor | None]:
+    """``function(k, constants, tensors)``, which a backend may remember in ``memo`` and do again with less work.
+
+    ``memo`` belongs to tensors of the same shapes, dtypes and device, and to the tensors ``held`` in ``constants``;
+    ``key`` names the function and what else it depends on; ``tensors[0]`` is not None. Triton's backend remembers the
+    launches (:mod:`.kernels.triton.tape`), the others nothing.
+    """
+    replayed = None if memo is None else getattr(k, "replayed", None)
+    if replayed is None:
+        return function(k, constants, tensors)
+    found: list[Tensor | None] = replayed(k, memo, key, function, constants, tensors, held)
+    return found

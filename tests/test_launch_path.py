@@ -85,16 +85,16 @@ def twice(launcher, *tensors):
     optional = len(tensors) - sum(t is not None for t in tensors)
     constants = sum(p.is_constexpr for p in launcher._kernel.params)
     # Triton makes constants of integers that are 1 too.
-    ones = sum(type(v) is int and v == 1 for v in launcher._values[: len(launcher._values) - constants])
-    noted_arguments.value = len(tensors) + len(launcher._values) - optional - constants - ones
+    ones = sum(type(v) is int and v == 1 for v in launcher.values[: len(launcher.values) - constants])
+    noted_arguments.value = len(tensors) + len(launcher.values) - optional - constants - ones
     launches.value = 0
     first_way(launcher, *tensors)
-    assert launcher._ready, "the compiled kernel is kept"
+    assert launcher.ready, "the compiled kernel is kept"
     first_way(launcher, *tensors)
     assert launches.value == 2, launches.value
     one, two = list(noted[0]), list(noted[1])
     assert one == two, (launcher._kernel.__name__, one, two)
-    assert one[:3] == list(launcher._grid) and one[3] == 32 * launcher._num_warps
+    assert one[:3] == list(launcher.grid) and one[3] == 32 * launcher._num_warps
     assert one[6] == tensors[0].data_ptr() & 0xFFFFFFFF
     kernels.add(launcher._kernel.__name__)
 

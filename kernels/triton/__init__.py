@@ -13,6 +13,7 @@ from .conv_backward import conv_backward
 from .conv_dgrad import conv_dgrad
 from .conv_fprop import conv_fprop, conv_fprop_bn
 from .conv_wgrad import conv_wgrad
+from .tape import replayed
 
 __all__ = [
     "bn_backward_apply",
@@ -27,4 +28,5 @@ __all__ = [
     "conv_fprop",
     "conv_fprop_bn",
     "conv_wgrad",
+    "replayed",
 ]

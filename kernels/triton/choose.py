@@ -201,8 +201,20 @@ _L2_SPEED = 2
 """Bandwidth of L2 in those of memory, the least of the chips in ``cost``: 2.0 (B200), 2.1 (H100) to 4.7 (L40S)."""
 
 
+_generation = 0
+
+
+def state(x: Tensor) -> tuple[Any, ...] | None:
+    """What choices for tensors like ``x`` depend on beside the call; None while somebody listens to them."""
+    if _asked is not None or common.is_recording():
+        return None
+    return _forced, _forced_apply, _generation, dot_precision(x)
+
+
 def reload() -> None:
     """Read the tables again: for the tuner, which has just written one."""
+    global _generation
+    _generation += 1
     tables.reload()
     for remembered in (chosen, *_plans):
         remembered.cache_clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -145,6 +146,11 @@ def recording(device: Device) -> Iterator[list[Launch]]:
         _recorded, _recorded_device = None, None
 
 
+def is_recording() -> bool:
+    """Whether launches are collected, not made."""
+    return _recorded is not None
+
+
 @functools.cache
 def _device_properties(device: torch.device) -> Device:
     if device.type == "cuda":
@@ -166,7 +172,15 @@ def device_of(x: Tensor) -> Device:
     return _recorded_device or _device_properties(x.device)
 
 
-class _Ready(NamedTuple):
+class _Listening(threading.local):
+    recorder: Any = None
+    """Who in this thread wants to hear of launches: :mod:`.tape`."""
+
+
+listening = _Listening()
+
+
+class Ready(NamedTuple):
     """A compiled kernel as its driver launches it; binding some forty arguments anew would cost more than that."""
 
     kinds: list[torch.dtype | None]
@@ -191,31 +205,33 @@ class Launcher:
         self, kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int = 1, **scalars: Any
     ) -> None:
         self._kernel, self._names = kernel, kernel.arg_names
-        self._grid = grid + (1,) * (3 - len(grid))
-        self._values = tuple(scalars[name] for name in self._names[-len(scalars) :])
+        self.grid = grid + (1,) * (3 - len(grid))
+        self.values = tuple(scalars[name] for name in self._names[-len(scalars) :])
         self._num_warps, self._num_stages = num_warps, num_stages
-        self._ready: dict[int, _Ready] = {}
+        self.ready: dict[int, Ready] = {}
         """What was launched last on each device."""
 
     def __call__(self, *tensors: Tensor | None) -> None:
         first = tensors[0]
         assert first is not None, "a kernel's first tensor is never optional"
         if _recorded is not None:
-            named = dict(zip(self._names, (*tensors, *self._values), strict=True))
-            _recorded.append(Launch(self._kernel, self._grid, named, self._num_warps, self._num_stages))
+            named = dict(zip(self._names, (*tensors, *self.values), strict=True))
+            _recorded.append(Launch(self._kernel, self.grid, named, self._num_warps, self._num_stages))
             return
+        if listening.recorder is not None:
+            listening.recorder.launched(self, tensors)
         # Comprehensions over the tensors, not one loop: this is run some ten times for each site of a network.
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         kinds = [t if t is None else t.dtype for t in tensors]
         index = first.get_device()
-        ready = self._ready.get(index)
+        ready = self.ready.get(index)
         if ready is not None and ready.kinds != kinds:
             ready = None
         aligned = not functools.reduce(operator.or_, addresses) & 15
-        if ready is not None and aligned and ready.current_device() == index and not _hooked():
+        if ready is not None and aligned and ready.current_device() == index and not hooked():
             stream = ready.current_stream(index)
             ready.run(
-                *self._grid,
+                *self.grid,
                 stream,
                 ready.function,
                 ready.metadata,
@@ -223,16 +239,16 @@ class Launcher:
                 None,
                 None,
                 *addresses,
-                *self._values,
+                *self.values,
             )
             return
         with _current(first.device):
-            compiled = self._kernel[self._grid](
-                *tensors, *self._values, num_warps=self._num_warps, num_stages=self._num_stages
+            compiled = self._kernel[self.grid](
+                *tensors, *self.values, num_warps=self._num_warps, num_stages=self._num_stages
             )
         if ready is None and aligned and compiled is not None:  # the interpreter compiles nothing
             driver = triton.runtime.driver.active
-            self._ready[index] = _Ready(
+            self.ready[index] = Ready(
                 kinds,
                 compiled.run,
                 compiled.function,
@@ -242,7 +258,7 @@ class Launcher:
             )
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether somebody (a profiler) wants to hear of launches."""
     runtime = triton.knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
@@ -260,6 +276,8 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
         return
+    if listening.recorder is not None:
+        listening.recorder.failed = "a launch by arguments"
     with _current(device):
         kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
 
