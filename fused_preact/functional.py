@@ -7,6 +7,7 @@ argument, what came and what is allowed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,7 +177,7 @@ def _unit(
         if mean is None or var is None:
             mean, var = next(computed), next(computed)
         updates.append((bn, mean, var, plan.counts[index]))
-    _update_running_statistics(updates, backend)
+    _update_running_statistics(updates, backend, memo)
     if converted:
         y = y.contiguous()
     return y, output_statistics
@@ -209,28 +210,32 @@ def _first_statistics(
 
 
 def _update_running_statistics(
-    updates: Sequence[tuple[BatchNorm, Tensor, Tensor, int]], backend: str
+    updates: Sequence[tuple[BatchNorm, Tensor, Tensor, int]], backend: str, memo: dict[Any, Any] | None = None
 ) -> None:
     """What ``nn.BatchNorm2d`` does to its buffers in training; nothing in eval mode or where there are none.
 
     ``updates``: BN, mean, biased variance and values per channel. One operation for those of like momentum.
     """
-    alike: dict[tuple[float | None, bool], list[tuple[BatchNorm, Tensor, Tensor, int]]] = {}
-    for update in updates:
-        bn = update[0]
+    alike: dict[tuple[float | None, bool], list[int]] = {}
+    for index, (bn, _, _, _) in enumerate(updates):
         if bn.training and bn.running_mean is not None and bn.running_var is not None:
-            alike.setdefault((bn.momentum, bn.num_batches_tracked is not None), []).append(update)
-    for (momentum, counted), found in alike.items():
-        bns, means, variances, counts = (list(column) for column in zip(*found, strict=True))
-        ops.table(backend, means[0]).bn_update_running(
-            means,
-            variances,
-            [bn.running_mean for bn in bns],
-            [bn.running_var for bn in bns],
-            [bn.num_batches_tracked for bn in bns] if counted else [],
-            momentum,
-            counts,
-        )
+            alike.setdefault((bn.momentum, bn.num_batches_tracked is not None), []).append(index)
+    for (momentum, counted), indices in alike.items():
+        tensors: list[Tensor | None] = []
+        for index in indices:
+            bn, mean, var, _ = updates[index]
+            tensors += (mean, var, bn.running_mean, bn.running_var, bn.num_batches_tracked)
+        constants = momentum, counted, [updates[index][3] for index in indices]
+        k = ops.table(backend, updates[0][1])
+        ops.run(k, memo, ("update", momentum, *indices), _update, constants, tensors)
+
+
+def _update(k: Any, constants: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """``tensors``: of each BN mean, variance, running mean and variance, and counter. No results."""
+    momentum, counted, counts = constants
+    mean, var, running_mean, running_var, counters = (list(tensors[i::5]) for i in range(5))
+    k.bn_update_running(mean, var, running_mean, running_var, counters if counted else [], momentum, counts)
+    return []
 
 
 # --- autocast and memory format ---------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 Which kernels a unit's forward or backward starts, on which of its tensors, and what it allocates, follow from shapes,
 dtypes, the device and the chooser's tables. So a function is listened to once: every launch with the places of its
-tensors, and every allocation. From then on :func:`replayed` allocates the results, and one block for everything in
-between, and starts the kept kernels by their addresses. Unlike a CUDA graph it reads the tensors that it is given.
+tensors, every allocation, and which arguments it wrote to. From then on :func:`replayed` allocates the results, and
+one block for everything in between, and starts the kept kernels by their addresses. Unlike a CUDA graph it reads the
+tensors that it is given.
 
 Where something else happens (an operation of PyTorch's own, as a copy to channels_last or the library's convolution
 on the split path) the function runs as it is, every time.
@@ -64,6 +65,7 @@ class _Recorder(TorchDispatchMode):
         self.allocations: list[_Allocation] = []
         self.launches: list[_Launched] = []
         self.before = len(tensors) + len(held)
+        self._tensors, self._versions = tensors, [_version(t) for t in tensors]
         # What lies at an address now: freed memory is handed out again and then is the later allocation.
         self._places: dict[int, int] = {}
         for place, tensor in enumerate((*tensors, *held)):
@@ -87,6 +89,11 @@ class _Recorder(TorchDispatchMode):
         places = [self.place(t) for t in tensors]
         self.launches.append(_Launched(launcher, places, [None if t is None else t.dtype for t in tensors]))
 
+    def written(self) -> list[int]:
+        """Which arguments the function says it wrote to."""
+        versions = [_version(t) for t in self._tensors]
+        return [i for i, (now, was) in enumerate(zip(versions, self._versions, strict=True)) if now != was]
+
     def place(self, tensor: Tensor | None) -> int | None:
         """Where the tensor comes from."""
         if tensor is None:
@@ -95,6 +102,10 @@ class _Recorder(TorchDispatchMode):
         if found is None:
             self.failed = "a tensor is neither given nor allocated by the function"
         return found
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 class _Tape:
@@ -107,6 +118,7 @@ class _Tape:
         assert like is not None
         self._device = like.get_device()
         self._strides = [t.stride() for t in tensors if t is not None]
+        self._written = recorder.written()
         made, before = recorder.allocations, recorder.before
         found = [recorder.place(t) for t in results]
         for place, t in zip(found, results, strict=True):
@@ -153,9 +165,10 @@ class _Tape:
         made = [like.new_empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self._made]
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         addresses += [t.data_ptr() for t in made]
-        block = like.new_empty(self._bytes, dtype=torch.uint8)
-        start = block.data_ptr()
-        addresses += [start + offset for offset in self._offsets]
+        if self._bytes:
+            block = like.new_empty(self._bytes, dtype=torch.uint8)
+            start = block.data_ptr()
+            addresses += [start + offset for offset in self._offsets]
         addresses += self._fixed
         if functools.reduce(operator.or_, addresses) & 15:
             return None
@@ -164,6 +177,8 @@ class _Tape:
             ready.run(
                 *grid, stream, ready.function, ready.metadata, None, None, None, *pick(addresses), *values
             )
+        if self._written:
+            torch.autograd.graph.increment_version([tensors[i] for i in self._written])  # type: ignore[misc]
         there = [*tensors, *made]
         return [there[i] if i < len(there) else None for i in self._results]
 
