@@ -44,7 +44,7 @@ class UnitFunction(torch.autograd.Function):
     Tensor arguments, in order: ``x``; ``residual``; the projection's weight and bias; then per site gamma,
     beta, W, bias; then per site mean and var (None where they are made here). Returns y;
     with ``unit.output_stats`` the mean and variance of y; then those of every site whose statistics were made here.
-    Only y carries a gradient.
+    Only y carries a gradient. ``memo`` is what :func:`ops.run` takes.
     """
 
     @staticmethod

@@ -154,6 +154,7 @@ class _Cast(NamedTuple):
 
 
 def _cast(units: list[FoldedUnit], dtype: torch.dtype) -> _Cast:
+    """The units for inputs of ``dtype``."""
 
     def cast(conv: FoldedConv) -> FoldedConv:
         return conv._replace(weight=conv.weight.to(dtype, memory_format=torch.channels_last))

@@ -159,6 +159,8 @@ def test_statistics_are_handed_on(backend: str, device: str) -> None:
     table = ops.table(backend, torch.empty(0, device=device))
 
     class Counting:
+        replayed = None  # every operation is to be heard
+
         def __getattr__(self, name):
             def call(*args):
                 calls.append(name)
@@ -263,6 +265,8 @@ def test_nothing_frozen_runs_no_kernel(backend: str, device: str) -> None:
     table = ops.table(backend, torch.empty(0, device=device))
 
     class Counting:
+        replayed = None  # every operation is to be heard
+
         def __getattr__(self, name):
             calls.append(name)
             return getattr(table, name)
