@@ -280,3 +280,5 @@ def test_buffers_in_use_at_a_time_do_not_overlap() -> None:
                 if begin <= last and first <= until:
                     assert offsets[i] + size <= offsets[j] or offsets[j] + other <= offsets[i]
     assert tape.packed([(1000, 0, 1), (1000, 2, 3), (10, 1, 2)]) == ([0, 0, 1024], 1280)
+    # The gradients of a bottleneck's three sites: the last, as large as its input, lies where the first one was.
+    assert tape.packed([(1024, 0, 1), (1024, 1, 2), (4096, 2, 3)]) == ([0, 4096, 0], 5120)

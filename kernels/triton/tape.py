@@ -186,16 +186,17 @@ class _Tape:
 def packed(buffers: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
     """Offsets in one block for buffers of (bytes, first use, last use), and the block's size.
 
-    First fit in the given order: two that are in use at a time do not overlap.
+    First fit, the largest first, so that small ones leave no gaps between them: two that are in use at a time do not
+    overlap.
     """
     placed: list[tuple[int, int, int, int]] = []  # start, end, first, last
-    offsets = []
-    for size, first, last in buffers:
-        offset = 0
+    offsets = [0] * len(buffers)
+    for index in sorted(range(len(buffers)), key=lambda i: -buffers[i][0]):
+        (size, first, last), offset = buffers[index], 0
         for start, end, begin, until in sorted(placed):
             if begin <= last and first <= until and start < offset + size and offset < end:
                 offset = end
-        offsets.append(offset)
+        offsets[index] = offset
         placed.append((offset, -(-(offset + size) // _ALIGNMENT) * _ALIGNMENT, first, last))
     return offsets, max((end for _, end, _, _ in placed), default=0)
 
