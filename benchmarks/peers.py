@@ -41,7 +41,6 @@ class Peer(NamedTuple):
     """The module to import; empty where PyTorch itself is enough."""
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """Entered around every block of its calls, forward and backward."""
-
     ours: bool = False
     """Whether our operations run in it."""
 

@@ -99,10 +99,17 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def eval_without_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 means float32: TF32 has tests of its own."""
     import torch
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def without_gradients() -> Iterator[None]:
+    import torch
+
     with torch.no_grad():
         yield
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_preact import ops, reference
 
@@ -21,6 +21,20 @@ DTYPES = [
     pytest.param(torch.bfloat16, id="bf16"),
     pytest.param(torch.float16, id="fp16"),
 ]
+
+COMPILED = pytest.mark.skipif(ops._cpu_missing is not None, reason=str(ops._cpu_missing))
+BACKENDS = pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        pytest.param("reference", "cpu", id="reference"),
+        pytest.param("cpu", "cpu", id="compiled", marks=COMPILED),
+        pytest.param("triton", "cpu", id="interpreter"),
+        pytest.param("triton", "cuda", id="cuda", marks=pytest.mark.gpu),
+    ],
+)
+FORMATS = pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
 
 triton_ops = ops._triton
 """The Triton launchers behind the same checks as the registered ops, whatever the device."""
@@ -201,3 +215,23 @@ def plain_site(
 ) -> Tensor:
     """The definition through PyTorch's own autograd: conv2d(relu(batch_norm(x)))."""
     return F.conv2d(F.relu(F.batch_norm(x, None, None, gamma, beta, True, 0.0, eps)), weight, bias, **conv)
+
+
+def set_fused(module: nn.Module, fused: bool) -> nn.Module:
+    for child in module.modules():
+        if hasattr(child, "fused"):
+            child.fused = fused
+    return module
+
+
+def disturb(module: nn.Module) -> nn.Module:
+    """Betas above zero, gammas of both signs and running statistics that are not 0 and 1."""
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            if child.affine:
+                nn.init.uniform_(child.bias, 0.1, 0.6)
+                nn.init.uniform_(child.weight, -1, 1.5)
+            if child.track_running_stats:
+                nn.init.normal_(child.running_mean, 0.2)
+                nn.init.uniform_(child.running_var, 0.5, 2)
+    return module

@@ -57,13 +57,10 @@ SPLIT = [
 ]
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "exact_float32")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("case", "dtype", "groups"), SPLIT)
-def test_split_path(
-    device: str, case: Case, dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_split_path(device: str, case: Case, dtype: torch.dtype, groups: int) -> None:
     s = make_site(case, dtype, device)
     if groups > 1 and case.k % groups:
         s.weight, s.bias = s.weight[:4], s.bias[:4]
@@ -147,14 +144,11 @@ FLAT = [
 ]
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "exact_float32")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("case", "dtype"), FLAT)
-def test_one_loop_over_the_taps(
-    device: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_loop_over_the_taps(device: str, case: Case, dtype: torch.dtype) -> None:
     """With four warps and all channels in one block the taps are one loop; with eight they are nested loops."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     s = make_site(case, dtype, device)
     d = s.double()
     flat, nested = ConvConfig(64, 32, 64, 4, 3), ConvConfig(64, 32, 64, 8, 3)

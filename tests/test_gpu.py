@@ -224,16 +224,14 @@ def test_real_sites(case: Case, dtype: torch.dtype) -> None:
     assert torch.equal(dweight, again), "two runs give the same bits"
 
 
+@pytest.mark.usefixtures("exact_float32")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("channels", [256, 512])
 @pytest.mark.parametrize("batch_stats", [True, False], ids=["training", "eval"])
-def test_pending_bn_of_a_bottleneck(
-    dtype: torch.dtype, channels: int, batch_stats: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pending_bn_of_a_bottleneck(dtype: torch.dtype, channels: int, batch_stats: bool) -> None:
     """conv1 of ResNet-50's units: applied on load or stored, both as the oracle, twice the same bits."""
     from fused_preact.kernels.triton import choose
 
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     width = channels // 4
     s = make_site(Case(n=8, c=channels, h=28, w=28, k=width, kernel=(1, 1), padding=(0, 0)), dtype, "cuda")
     d = s.double()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_within_policy
-from inference_helpers import ALL_UNITS, COMPILED, UNITS, compare, disturb, make, set_fused
+from helpers import BACKENDS, COMPILED, FORMATS, assert_within_policy, set_fused
+from inference_helpers import ALL_UNITS, UNITS, awkward, compare, make
 from torch import nn
 
 import fused_preact
@@ -20,19 +20,7 @@ from fused_preact import (
 )
 from fused_preact.modules import Stem
 
-BACKENDS = pytest.mark.parametrize(
-    ("backend", "device"),
-    [
-        pytest.param("reference", "cpu", id="reference"),
-        pytest.param("cpu", "cpu", id="compiled", marks=COMPILED),
-        pytest.param("triton", "cpu", id="interpreter"),
-        pytest.param("triton", "cuda", id="cuda", marks=pytest.mark.gpu),
-    ],
-)
-FORMATS = pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
-)
-pytestmark = pytest.mark.usefixtures("poisoned", "eval_without_gradients")
+pytestmark = pytest.mark.usefixtures("poisoned", "exact_float32", "without_gradients")
 
 
 @BACKENDS
@@ -82,7 +70,7 @@ def test_images_and_threads(images: int, threads: int) -> None:
 )
 def test_maps_beyond_the_cache(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     """Operands of which only some rows are kept at a time, and reductions in several steps."""
-    compare(disturb(build()), torch.randn(shape))
+    compare(awkward(build()), torch.randn(shape))
 
 
 @COMPILED
@@ -113,7 +101,7 @@ def test_networks(images: int) -> None:
         (models.preact_resnet18, 65),
         (models.preact_resnet50, 48),
     ):
-        model = disturb(build(num_classes=7))
+        model = awkward(build(num_classes=7))
         for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             bn.weight.abs_().mul_(0.5)  # deep networks: keep the sums within range
         compare(model, torch.randn(images, 3, size, size), what=build.__name__)
@@ -124,7 +112,7 @@ def test_one_operation_serves_the_whole_chain(monkeypatch: pytest.MonkeyPatch) -
     called = []
     chain = torch.ops.fused_preact.unit_chain
     monkeypatch.setattr(torch.ops.fused_preact, "unit_chain", lambda *a: called.append(a) or chain(*a))
-    model = disturb(fused_preact.models.cifar_preact_resnet20())
+    model = awkward(fused_preact.models.cifar_preact_resnet20())
     compare(model, torch.randn(2, 3, 16, 16))
     assert len(called) == 1
 
@@ -180,7 +168,7 @@ def test_float64_and_groups_take_the_reference() -> None:
     compare(model.double(), x.double())
     unit: Any = PreActBottleneck(16, 16)
     unit.conv2 = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False)
-    compare(disturb(unit), torch.randn(2, 16, 5, 5))
+    compare(awkward(unit), torch.randn(2, 16, 5, 5))
 
 
 def test_autocast() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_within_policy
-from inference_helpers import COMPILED, compare, disturb, make
+from helpers import COMPILED, assert_within_policy
+from inference_helpers import awkward, compare, make
 from torch import Tensor, nn
 
 import fused_preact
@@ -24,14 +24,14 @@ from fused_preact import (
     undo_optimize_for_inference,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned", "eval_without_gradients")
+pytestmark = pytest.mark.usefixtures("poisoned", "exact_float32", "without_gradients")
 
 
 # --- state -----------------------------------------------------------------------------------------------
 
 
 def test_state_dict_and_undo() -> None:
-    model = disturb(fused_preact.models.cifar_preact_resnet20())
+    model = awkward(fused_preact.models.cifar_preact_resnet20())
     before = copy.deepcopy(model.state_dict())
     x = torch.randn(2, 3, 16, 16)
     expected = model(x)
@@ -99,7 +99,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_seen(change: str) -> None:
-    model: Any = disturb(PreActSequential(PreActBottleneck(16, 32, 2), PreActBottleneck(32, 32)))
+    model: Any = awkward(PreActSequential(PreActBottleneck(16, 32, 2), PreActBottleneck(32, 32)))
     x = torch.randn(2, 16, 7, 9)
     old = optimize_for_inference(model)(x)
     CHANGES[change](model)
@@ -179,7 +179,7 @@ def test_parametrised_and_foreign_modules() -> None:
     """The units beside them are folded still, and a sequence around foreign code is no chain."""
     parametrised: Any = PreActBottleneck(16, 16)
     torch.nn.utils.parametrizations.weight_norm(parametrised.conv2)
-    model: Any = disturb(
+    model: Any = awkward(
         PreActSequential(PreActBottleneck(16, 16), nn.Hardtanh(-2, 2), parametrised, PreActConv2d(16, 8, 3))
     )
     x = torch.randn(2, 16, 6, 5)

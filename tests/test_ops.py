@@ -7,14 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, make_site, triton_ops
+from helpers import FORMATS, Case, make_site, triton_ops
 from torch import Tensor
 
 from fused_preact import ops, reference
 
-FORMATS = pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
-)
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 NAMES = list(ops._SCHEMAS)
 

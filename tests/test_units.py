@@ -7,49 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_within_policy, interpreting
+from helpers import BACKENDS, FORMATS, assert_within_policy, disturb, interpreting, set_fused
 from torch import Tensor, nn
 
 import fused_preact
 from fused_preact import PreActBasicBlock, PreActBottleneck, PreActConv2d, PreActSequential, ops
 
-BACKENDS = [
-    pytest.param("reference", "cpu", id="reference"),
-    pytest.param(
-        "cpu",
-        "cpu",
-        id="compiled",
-        marks=pytest.mark.skipif(ops._cpu_missing is not None, reason=str(ops._cpu_missing)),
-    ),
-    pytest.param("triton", "cpu", id="interpreter"),
-    pytest.param("triton", "cuda", id="cuda", marks=pytest.mark.gpu),
-]
-pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.parametrize(("backend", "device"), BACKENDS)]
-
-
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-def set_fused(module: nn.Module, fused: bool) -> nn.Module:
-    for child in module.modules():
-        if hasattr(child, "fused"):
-            child.fused = fused
-    return module
-
-
-def disturb(module: nn.Module) -> nn.Module:
-    """Betas above zero, gammas of both signs and running statistics that are not 0 and 1."""
-    for child in module.modules():
-        if isinstance(child, nn.BatchNorm2d):
-            if child.affine:
-                nn.init.uniform_(child.bias, 0.1, 0.6)
-                nn.init.uniform_(child.weight, -1, 1.5)
-            if child.track_running_stats:
-                nn.init.normal_(child.running_mean, 0.2)
-                nn.init.uniform_(child.running_var, 0.5, 2)
-    return module
+pytestmark = [pytest.mark.usefixtures("poisoned", "exact_float32"), BACKENDS]
 
 
 def run(module: nn.Module, x: Tensor, dy: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -94,10 +58,6 @@ def compare(
         else:
             assert torch.equal(buffer, exact_buffers[name]), name
 
-
-FORMATS = pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
-)
 
 UNITS = {
     "basic": lambda: PreActBasicBlock(6, 6),

@@ -145,18 +145,17 @@ class _Tape:
         self._fixed = [*(t.data_ptr() for t in held), 0]
         order = {place: i for i, place in enumerate((*range(len(tensors)), *returned, *inside, *fixed, None))}
         self._results = [order[place] for place in found]
-        self._steps = []
+        self._steps: list[tuple[Ready, tuple[int, ...], Callable[[Any], Any], tuple[Any, ...]]] = []
         for launcher, places, dtypes in recorder.launches:
             ready = launcher.ready.get(self._device)
             if ready is None or ready.kinds != dtypes:
                 raise ValueError("a kernel is not kept")
             pick = operator.itemgetter(*(order[place] for place in places))
             self._steps.append((ready, launcher.grid, pick, launcher.values))
-        self._first: Ready = self._steps[0][0]
 
     def replay(self, tensors: Tensors) -> list[Tensor | None] | None:
         """The results on other tensors of the kind; None, with nothing done, where they are not quite of the kind."""
-        first, index, like = self._first, self._device, tensors[0]
+        first, index, like = self._steps[0][0], self._device, tensors[0]
         assert like is not None
         if [t.stride() for t in tensors if t is not None] != self._strides:
             return None
