@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .calls import even_padding
 from .reference import conv_output_size, statistics_dtype
 from .schedule import Conv, Site, Unit
 
@@ -56,17 +57,24 @@ class BatchNorm(NamedTuple):
         """The arguments that ``module`` (an ``nn.BatchNorm2d``) would normalise with in its present mode.
 
         As in PyTorch, a module in eval mode without running statistics uses those of the batch, and a module
-        in training mode with ``track_running_stats=False`` updates nothing.
+        in training mode with ``track_running_stats=False`` (whenever that was set) updates nothing. A cumulative
+        average (``momentum=None``) without a counter stays where it is.
         """
         parameters, buffers = module._parameters, module._buffers
+        counter, momentum = _held(module, buffers, "num_batches_tracked"), module.momentum
+        mean, var = _held(module, buffers, "running_mean"), _held(module, buffers, "running_var")
+        if module.training and not module.track_running_stats:
+            mean = var = counter = None
+        if momentum is None and counter is None:
+            momentum = 0.0
         return cls(
             _held(module, parameters, "weight"),
             _held(module, parameters, "bias"),
-            _held(module, buffers, "running_mean"),
-            _held(module, buffers, "running_var"),
-            _held(module, buffers, "num_batches_tracked"),
+            mean,
+            var,
+            counter,
             module.training,
-            module.momentum,
+            momentum,
             module.eps,
         )
 
@@ -100,23 +108,26 @@ class Convolution(NamedTuple):
 
 
 def _held(module: nn.Module, held: dict[str, Any], name: str) -> Any:
-    """A parameter or buffer of ``module``: ``nn.Module`` looks there last, after everything else a name may be.
+    """``getattr(module, name)`` for a parameter or buffer, by the short way where that finds the same.
 
-    By attribute where a parametrisation has taken it away.
+    ``nn.Module`` looks into ``held`` last: after what a class (a parametrisation's property) or the instance may
+    have under the name.
     """
-    return held[name] if name in held else getattr(module, name)
+    if name in held and name not in module.__dict__ and type(module) in (nn.BatchNorm2d, nn.Conv2d):
+        return held[name]
+    return getattr(module, name)
 
 
 def _named_padding(name: str, module: nn.Conv2d) -> tuple[int, int]:
     if name == "valid":
         return 0, 0
-    totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    if any(total % 2 for total in totals):
+    if not even_padding(module):
         raise ValueError(
             f"padding: got 'same' with kernel_size {module.kernel_size} and dilation {module.dilation}, "
             "allowed is a padding that is the same on both sides"
         )
-    return totals[0] // 2, totals[1] // 2
+    height, width = (d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    return height, width
 
 
 # --- checks -----------------------------------------------------------------------------------------------
@@ -268,7 +279,7 @@ def _check_batch_norm(x: Kind, bn: NormKind, prefix: str, shape: tuple[int, ...]
             f"{prefix}num_batches_tracked: got None with momentum=None, allowed there is the counter tensor "
             "that the cumulative average divides by"
         )
-    if bn.training and values_per_channel(shape) == 1:
+    if (bn.training or bn.running_mean is None) and values_per_channel(shape) == 1:
         # PyTorch's own words, so that code which catches them goes on working.
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 

@@ -6,7 +6,7 @@ network's head. Saved are the raw inputs of the sites, per-channel vectors and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from . import ops
 from .schedule import SiteSaved, SiteTensors, Unit, UnitNeeds, unit_backward, unit_forward
 
 __all__ = ["HeadFunction", "UnitFunction"]
+
+Update = Callable[[Sequence[Tensor]], None] | None
+"""Takes the statistics that a forward has made; None where its caller takes them from the results."""
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -44,18 +47,27 @@ class UnitFunction(torch.autograd.Function):
     Tensor arguments, in order: ``x``; ``residual``; the projection's weight and bias; then per site gamma,
     beta, W, bias; then per site mean and var (None where they are made here). Returns y;
     with ``unit.output_stats`` the mean and variance of y; then those of every site whose statistics were made here.
-    Only y carries a gradient. ``memo`` is what :func:`ops.run` takes.
+    Only y carries a gradient. ``memo`` is what :func:`ops.run` takes; ``update`` is called with what is returned
+    beside y before anything is saved for backward.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, unit: Unit, backend: str, memo: dict[Any, Any] | None, *tensors: Tensor | None
+        ctx: Any,
+        unit: Unit,
+        backend: str,
+        memo: dict[Any, Any] | None,
+        update: Update,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         count = len(unit.sites)
         x = tensors[0]
         assert x is not None
         y, *rest = ops.run(ops.table(backend, x), memo, "forward", _forward, unit, tensors)
         kept = 6 * count + 1
+        made = rest[kept:]
+        if update is not None:
+            update(made)  # type: ignore[arg-type]
 
         ctx.unit, ctx.backend, ctx.memo = unit, backend, memo
         # Of gamma, beta and the biases backward knows all it needs from ``needs_input_grad`` and their dtypes.
@@ -64,7 +76,6 @@ class UnitFunction(torch.autograd.Function):
             for i in range(4, 4 + 4 * count, 4)
         ]
         ctx.save_for_backward(*rest[:kept])
-        made = rest[kept:]
         ctx.mark_non_differentiable(*made)
         ctx.set_materialize_grads(False)
         return (y, *made)  # type: ignore[arg-type]
@@ -74,9 +85,9 @@ class UnitFunction(torch.autograd.Function):
         unit: Unit = ctx.unit
         count = len(unit.sites)
         if dy is None:
-            return (None,) * (7 + 6 * count)
+            return (None,) * (8 + 6 * count)
         kept = ctx.saved_tensors
-        asked = ctx.needs_input_grad[3:]
+        asked = ctx.needs_input_grad[4:]
         arguments = (
             ops.table(ctx.backend, dy),
             ctx.memo,
@@ -93,7 +104,7 @@ class UnitFunction(torch.autograd.Function):
             result = tuple(ops.run(*arguments))
         if differentiated:
             result = _forbid_double_backward(result, dy, kept[1], *kept[6::6])
-        return (None, None, None, *result, *(None,) * (2 * count))
+        return (None, None, None, None, *result, *(None,) * (2 * count))
 
 
 def _forward(k: Any, unit: Unit, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -132,7 +143,8 @@ def _backward(k: Any, constants: Any, tensors: Sequence[Tensor | None]) -> list[
 class HeadFunction(torch.autograd.Function):
     """BN -> ReLU -> global average pool, [N,C,H,W] -> [N,C].
 
-    With the given statistics, or those of the batch, which are then returned too.
+    With the given statistics, or those of the batch, which are then returned too; ``update`` as in
+    :class:`UnitFunction`.
     """
 
     @staticmethod
@@ -141,6 +153,7 @@ class HeadFunction(torch.autograd.Function):
         eps: float,
         batch_stats: bool,
         backend: str,
+        update: Update,
         x: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
@@ -152,6 +165,8 @@ class HeadFunction(torch.autograd.Function):
         if mean is None or var is None:
             made = mean, var = k.bn_stats(x)
             ctx.mark_non_differentiable(*made)
+        if update is not None:
+            update(made)
         scale, shift, rstd = k.bn_scale_shift(mean, var, gamma, beta, eps)
         ctx.batch_stats, ctx.backend = batch_stats, backend
         ctx.save_for_backward(x, mean, scale, shift, rstd, gamma, beta)
@@ -161,7 +176,7 @@ class HeadFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *unused: None) -> Any:
         x, mean, scale, shift, rstd, gamma, beta = ctx.saved_tensors
         k = ops.table(ctx.backend, x)
-        need_x, need_gamma, need_beta = ctx.needs_input_grad[3:6]
+        need_x, need_gamma, need_beta = ctx.needs_input_grad[4:7]
         with torch.no_grad():
             sum_g, sum_gx = k.bn_relu_avg_pool_reduce(dy, x, scale, shift, mean)
             dgamma = (rstd * sum_gx).to(gamma.dtype) if need_gamma else None
@@ -172,7 +187,7 @@ class HeadFunction(torch.autograd.Function):
         grads: tuple[Any, ...] = (dx, dgamma, dbeta)
         if torch.is_grad_enabled():
             grads = _forbid_double_backward(grads, dy, x, gamma)
-        return (None, None, None, *grads, None, None)
+        return (None, None, None, None, *grads, None, None)
 
 
 def _pair(mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor] | None:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import ops
+from . import composite, ops
 from .arguments import (
     BatchNorm,
     ConvKind,
@@ -26,6 +28,7 @@ from .arguments import (
     values_per_channel,
 )
 from .autograd import HeadFunction, UnitFunction
+from .calls import transforming
 from .reference import statistics_dtype
 
 __all__ = [
@@ -38,6 +41,9 @@ __all__ = [
     "residual_unit",
     "to_native_format",
 ]
+
+_TRANSPARENT = {Tensor, nn.Parameter, type(None), FakeTensor, FunctionalTensor}
+"""Types of tensors whose operations are those of torch, or a tracer's."""
 
 
 def preact_conv2d(
@@ -123,14 +129,23 @@ def bn_relu_avg_pool2d(input: Tensor, bn: BatchNorm, statistics: Statistics | No
     :func:`preact_conv2d`.
     """
     checked(check_head, input, NormKind.of(bn))
+    if _by_composite(input, bn.weight, bn.bias):
+        return composite.bn_relu_avg_pool(input, bn)
     backend = ops.requested_backend()
     input = to_native_format(input)
     given = _first_statistics(input, bn, statistics)
+    values = values_per_channel(input.shape)
+
+    def update(made: Sequence[Tensor]) -> None:
+        mean, var = given or made
+        _update_running_statistics([(bn, mean, var, values)], backend)
+
+    early = None if torch.compiler.is_compiling() else update
     out, *made = HeadFunction.apply(
-        bn.eps, bn.batch_stats, backend, input, bn.weight, bn.bias, *(given or (None, None))
+        bn.eps, bn.batch_stats, backend, early, input, bn.weight, bn.bias, *(given or (None, None))
     )
-    mean, var = given or made
-    _update_running_statistics([(bn, mean, var, values_per_channel(input.shape))], backend)
+    if early is None:
+        update(made)
     return out
 
 
@@ -154,33 +169,48 @@ def _unit(
         None if residual is None else kind(residual),
         return_statistics,
     )
+    others: list[Tensor | None] = [residual]
+    others += (None, None) if projection is None else (projection.weight, projection.bias)
+    for bn, conv in sites:
+        others += (bn.weight, bn.bias, conv.weight, conv.bias)
+    if _by_composite(x, *others):
+        return composite.unit(x, sites, projection, identity, residual), None
     backend = ops.requested_backend()
     # Kernels return the format of what they read: only another one is converted, here and back.
     converted = not x.is_contiguous(memory_format=torch.channels_last)
     if converted or backend != "auto":
         x = to_native_format(x)
-    parameters: list[Tensor | None] = []
     given: list[Tensor | None] = [*(_first_statistics(x, sites[0][0], statistics) or (None, None))]
-    for bn, conv in sites:
-        parameters += (bn.weight, bn.bias, conv.weight, conv.bias)
     for bn, _ in sites[1:]:
         given += (None, None) if bn.batch_stats else (bn.running_mean, bn.running_var)
-    shortcut = (None, None) if projection is None else (projection.weight, projection.bias)
-    memo = None if torch.compiler.is_compiling() else plan.memo
-    y, *made = UnitFunction.apply(plan.unit, backend, memo, x, residual, *shortcut, *parameters, *given)
+    compiling = torch.compiler.is_compiling()
+    memo = None if compiling else plan.memo
+    handed_on = 2 if return_statistics else 0
 
-    computed = iter(made)
-    output_statistics = Statistics(next(computed), next(computed)) if return_statistics else None
-    updates = []
-    for index, (bn, _) in enumerate(sites):
-        mean, var = given[2 * index], given[2 * index + 1]
-        if mean is None or var is None:
-            mean, var = next(computed), next(computed)
-        updates.append((bn, mean, var, plan.counts[index]))
-    _update_running_statistics(updates, backend, memo)
+    def update(made: Sequence[Tensor]) -> None:
+        computed = iter(made[handed_on:])
+        updates = []
+        for index, (bn, _) in enumerate(sites):
+            mean, var = given[2 * index], given[2 * index + 1]
+            if mean is None or var is None:
+                mean, var = next(computed), next(computed)
+            updates.append((bn, mean, var, plan.counts[index]))
+        _update_running_statistics(updates, backend, memo)
+
+    # As soon as the statistics are there: what follows, saving for backward, ends the recomputation of
+    # torch.utils.checkpoint by an exception. Dynamo wants buffers written outside of the Function.
+    early = None if compiling else update
+    y, *made = UnitFunction.apply(plan.unit, backend, memo, early, x, *others, *given)
+    if early is None:
+        update(made)
     if converted:
         y = y.contiguous()
-    return y, output_statistics
+    return y, Statistics(made[0], made[1]) if return_statistics else None
+
+
+def _by_composite(*tensors: Tensor | None) -> bool:
+    """Whether PyTorch's own operations serve this call: see :mod:`composite`. Subclasses bring their own."""
+    return transforming() or not all(type(t) in _TRANSPARENT for t in tensors)
 
 
 # --- statistics -------------------------------------------------------------------------------------------
@@ -217,8 +247,13 @@ def _update_running_statistics(
     ``updates``: BN, mean, biased variance and values per channel. One operation for those of like momentum.
     """
     alike: dict[tuple[float | None, bool], list[int]] = {}
-    for index, (bn, _, _, _) in enumerate(updates):
-        if bn.training and bn.running_mean is not None and bn.running_var is not None:
+    for index, (bn, _, _, count) in enumerate(updates):
+        if not bn.training:
+            continue
+        if count == 0 or bn.running_mean is None or bn.running_var is None:
+            if bn.num_batches_tracked is not None:
+                bn.num_batches_tracked.add_(1)  # an empty batch is counted and changes nothing else
+        else:
             alike.setdefault((bn.momentum, bn.num_batches_tracked is not None), []).append(index)
     for (momentum, counted), indices in alike.items():
         tensors: list[Tensor | None] = []

@@ -7,13 +7,14 @@ the same children one by one: that is the plain model, with the same state dict.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .calls import forward_is, observed, runs_batch_norm, runs_convolution
 from .functional import BatchNorm, Convolution, Statistics, preact_site, residual_unit
 
 __all__ = [
@@ -34,30 +35,10 @@ def _conv(
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False, **kwargs)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to the calls of ``module`` itself."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def may_skip_calls(children: Iterable[nn.Module | None]) -> bool:
-    """Whether a fused call may take the place of the calls of ``children``.
-
-    Hooks on a child (Grad-CAM, feature extraction) must see that child's call, and SyncBatchNorm needs its own
-    communication, so with those the children run one by one: the same numbers, without fusion.
-    """
-    for child in children:
-        if child is None:
-            continue
-        if has_hooks(child) or (
-            isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.BatchNorm2d)
-        ):
-            return False
-    return True
+def _child(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)``, by the short way where it is a child."""
+    child = module._modules.get(name)
+    return getattr(module, name) if child is None else child
 
 
 Folded = Callable[[Tensor], Tensor | None]
@@ -114,10 +95,11 @@ class PreActConv2d(nn.Module):
         self.fused = fused
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not (self.fused and may_skip_calls(self._modules.values())):
+        bn, conv = _child(self, "bn"), _child(self, "conv")
+        if not self.fused or observed(input) or not (runs_batch_norm(bn) and runs_convolution(conv)):
             y = self.conv(F.relu(self.bn(input)))
             return y if residual is None else y + residual
-        return preact_site(input, BatchNorm.of(self.bn), Convolution.of(self.conv), residual)
+        return preact_site(input, BatchNorm.of(bn), Convolution.of(conv), residual)
 
 
 class IdentityProjection(nn.Module):
@@ -170,18 +152,16 @@ def _shortcut(
 
 
 class _PreActUnit(nn.Module):
-    """What the two units share; a subclass adds its sites as bn1, conv1, bn2, conv2, ... and ``shortcut``."""
+    """What the two units share; a subclass adds its sites, their names and ``shortcut``."""
 
     shortcut: nn.Module | None
+    _names: tuple[tuple[str, str], ...]
     _folded: Folded | None = None
 
     def sites(self) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
         """The unit's (bn, conv) pairs, in order."""
-        modules: dict[str, Any] = self._modules
-        index = 1
-        while f"conv{index}" in modules:
-            yield modules[f"bn{index}"], modules[f"conv{index}"]
-            index += 1
+        for bn, conv in self._names:
+            yield _child(self, bn), _child(self, conv)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.forward_with_statistics(input, None, False)[0]
@@ -198,17 +178,33 @@ class _PreActUnit(nn.Module):
             output = self._folded(input)
             if output is not None:
                 return output, None
-        if not (self.fused and may_skip_calls(self._modules.values())):
+        sites = list(self.sites())
+        shortcut: Any = self.shortcut
+        if not self.fused or observed(input) or not self._may_fuse(sites, shortcut):
             return self._plain(input), None
-        sites = [(BatchNorm.of(bn), Convolution.of(conv)) for bn, conv in self.sites()]
         projection = None
-        if isinstance(self.shortcut, IdentityProjection):
-            weight = self.shortcut.weight.to(sites[0][1].weight.dtype)
-            projection = Convolution(weight, stride=self.shortcut.stride)
-        elif isinstance(self.shortcut, nn.Conv2d):
-            projection = Convolution.of(self.shortcut)
+        if isinstance(shortcut, nn.Conv2d):
+            projection = Convolution.of(shortcut)
+        elif shortcut is not None:
+            weight = shortcut.weight.to(sites[0][1].weight.dtype)
+            projection = Convolution(weight, stride=shortcut.stride)
         return residual_unit(
-            input, sites, projection, statistics=statistics, return_statistics=return_statistics
+            input,
+            [(BatchNorm.of(bn), Convolution.of(conv)) for bn, conv in sites],
+            projection,
+            statistics=statistics,
+            return_statistics=return_statistics,
+        )
+
+    def _may_fuse(self, sites: list[tuple[nn.BatchNorm2d, nn.Conv2d]], shortcut: nn.Module | None) -> bool:
+        """Whether a fused call computes what the children do, and nobody listens to them."""
+        for bn, conv in sites:
+            if not (runs_batch_norm(bn) and runs_convolution(conv)):
+                return False
+        return (
+            shortcut is None
+            or runs_convolution(shortcut)
+            or (type(shortcut) is IdentityProjection and forward_is(shortcut, IdentityProjection.forward))
         )
 
     def _plain(self, input: Tensor) -> Tensor:
@@ -231,6 +227,7 @@ class PreActBasicBlock(_PreActUnit):
     """
 
     expansion = 1
+    _names = (("bn1", "conv1"), ("bn2", "conv2"))
 
     def __init__(
         self,
@@ -262,6 +259,7 @@ class PreActBottleneck(_PreActUnit):
     """
 
     expansion = 4
+    _names = (("bn1", "conv1"), ("bn2", "conv2"), ("bn3", "conv3"))
 
     def __init__(
         self,
@@ -295,8 +293,8 @@ class PreActBottleneck(_PreActUnit):
 class PreActSequential(nn.Sequential):
     """Units in a row, each handing the statistics of its output to the next.
 
-    A module that is not one of our units, or one with hooks (which may change the tensor), takes and returns the
-    tensor alone; whoever reads its output next computes the statistics again.
+    A module whose call is not just the forward of our units or of this class (a subclass with its own, hooks)
+    takes and returns the tensor alone; whoever reads its output next computes the statistics again.
     """
 
     _folded: Folded | None = None
@@ -312,13 +310,19 @@ class PreActSequential(nn.Sequential):
             output = self._folded(input)
             if output is not None:
                 return output, None
-        x, last = input, len(self) - 1
-        for index, module in enumerate(self):
-            if isinstance(module, (_PreActUnit, PreActSequential)) and not has_hooks(module):
-                following = self[index + 1] if index < last else None
-                # A reader that normalises with running statistics has no use for the batch's.
-                wanted = return_statistics if following is None else following.training
-                x, statistics = module.forward_with_statistics(x, statistics, wanted)
-            else:
-                x, statistics = module(x), None
+        x, modules = input, list(self)
+        for module, following in zip(modules, [*modules[1:], None], strict=True):
+            # A reader that normalises with running statistics has no use for the batch's.
+            wanted = return_statistics if following is None else following.training
+            x, statistics = call_with_statistics(module, x, statistics, wanted)
         return x, statistics
+
+
+def call_with_statistics(
+    module: nn.Module, x: Tensor, statistics: Statistics | None, return_statistics: bool
+) -> tuple[Tensor, Statistics | None]:
+    """``module(x)``, and statistics to it and from it where its call is nothing but the forward that takes them."""
+    ours = isinstance(module, (_PreActUnit, PreActSequential)) and not observed(x)
+    if ours and (forward_is(module, _PreActUnit.forward) or forward_is(module, PreActSequential.forward)):
+        return module.forward_with_statistics(x, statistics, return_statistics)  # type: ignore[operator]
+    return module(x), None

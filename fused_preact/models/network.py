@@ -7,8 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calls import observed, runs_batch_norm
 from ..functional import BatchNorm, bn_relu_avg_pool2d, to_native_format
-from ..modules import PreActBasicBlock, PreActBottleneck, PreActSequential, has_hooks, may_skip_calls
+from ..modules import PreActBasicBlock, PreActBottleneck, PreActSequential, call_with_statistics
 
 __all__ = ["PreActResNet"]
 
@@ -46,14 +47,10 @@ class PreActResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
+        if self.fused and isinstance(x, Tensor):
             x = to_native_format(x)
-        x, statistics = self.stem(x), None
-        if has_hooks(self.stages):
-            x = self.stages(x)
-        else:
-            x, statistics = self.stages.forward_with_statistics(x, None, self.training)
-        if self.fused and may_skip_calls([self.bn]):
+        x, statistics = call_with_statistics(self.stages, self.stem(x), None, self.training)
+        if self.fused and not observed(x) and runs_batch_norm(self.bn):
             features = bn_relu_avg_pool2d(x, BatchNorm.of(self.bn), statistics)
         else:
             features = F.relu(self.bn(x)).mean((2, 3))

@@ -1,0 +1,108 @@
+"""When a fused call may stand in for the calls of modules: only where nobody could tell.
+
+That is where each module would run exactly the ``forward`` of its PyTorch class, with nothing around it: no subclass
+or instance that replaces ``forward`` or what ``forward`` calls, no hook on the module and none on all modules, no
+compiled call, no patched ``nn.Module.__call__``, and nobody who traces the calls. Elsewhere the modules run one by one.
+
+PyTorch's own functions are remembered when this module is imported: one that is replaced later is noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _nn_module
+
+__all__ = ["even_padding", "forward_is", "observed", "runs_batch_norm", "runs_convolution", "transforming"]
+
+_CALL = nn.Module.__call__
+_BATCH_NORM = nn.BatchNorm2d.forward
+_CHECK = nn.BatchNorm2d._check_input_dim
+_CONVOLUTION = nn.Conv2d.forward
+_CONVOLVE = nn.Conv2d._conv_forward
+
+# The dictionaries themselves, which nn.Module.__call__ looks into: hooks on the calls of all modules.
+_GLOBAL_HOOKS = (
+    _nn_module._global_forward_hooks,
+    _nn_module._global_forward_pre_hooks,
+    _nn_module._global_backward_hooks,
+    _nn_module._global_backward_pre_hooks,
+)
+
+
+def transforming() -> bool:
+    """Whether a ``torch.func`` transform, forward-mode AD or ``torch.jit.trace`` is at work.
+
+    They need PyTorch's own operations: the closed-form backward has no rules for them. ``torch.compile`` traces
+    ours.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def observed(input: Any) -> bool:
+    """Whether somebody follows the calls of all modules: global hooks, tracers, a patched ``nn.Module.__call__``.
+
+    ``input`` is what the module at hand is called with: no tensor where ``torch.fx`` traces symbolically.
+    """
+    if not isinstance(input, Tensor):
+        return True
+    first, second, third, fourth = _GLOBAL_HOOKS
+    if first or second or third or fourth:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    call = nn.Module.__call__
+    # make_fx notes in which module an operation ran, and needs no other calls for that.
+    return transforming() or (call is not _CALL and call.__module__ != "torch.fx._symbolic_trace")
+
+
+def forward_is(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether calling ``module`` runs ``forward`` on it and nothing else, as far as the module itself goes."""
+    held, cls = module.__dict__, type(module)
+    return not (
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
+        or held.get("_compiled_call_impl") is not None
+        or cls.forward is not forward
+        or cls.__call__ is not nn.Module.__call__
+    )
+
+
+def runs_batch_norm(module: Any) -> bool:
+    """Whether calling ``module`` runs exactly ``nn.BatchNorm2d.forward``. A subclass may."""
+    return (
+        isinstance(module, nn.BatchNorm2d)
+        and forward_is(module, _BATCH_NORM)
+        and "_check_input_dim" not in module.__dict__
+        and type(module)._check_input_dim is _CHECK
+    )
+
+
+def runs_convolution(module: Any) -> bool:
+    """Whether calling ``module`` runs exactly ``nn.Conv2d.forward``, with zeros evenly on both sides."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and forward_is(module, _CONVOLUTION)
+        and "_conv_forward" not in module.__dict__
+        and type(module)._conv_forward is _CONVOLVE
+        and module.padding_mode == "zeros"
+        and (module.padding != "same" or even_padding(module))
+    )
+
+
+def even_padding(module: nn.Conv2d) -> bool:
+    """Whether the padding that "same" stands for has the same size on both sides."""
+    return not any(d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))

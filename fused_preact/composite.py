@@ -1,0 +1,50 @@
+"""A unit and the network's head composed of PyTorch's own differentiable operations.
+
+The definition without fusion: what serves where the closed-form backward has no rules (``torch.func`` transforms,
+forward-mode AD, ``torch.jit.trace``, tensor subclasses). Equations in :mod:`fused_preact.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import BatchNorm, Convolution
+
+__all__ = ["bn_relu_avg_pool", "unit"]
+
+
+def unit(
+    x: Tensor,
+    sites: Sequence[tuple[BatchNorm, Convolution]],
+    projection: Convolution | None,
+    identity: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """The output of :func:`functional.residual_unit`, or with ``residual`` of one site; updates running statistics."""
+    added, y = x if identity else residual, x
+    for index, (bn, conv) in enumerate(sites):
+        activated = F.relu(_normalised(y, bn))
+        if index == 0 and projection is not None:
+            added = F.conv2d(activated, *projection)
+        y = F.conv2d(activated, *conv)
+    return y if added is None else y + added
+
+
+def bn_relu_avg_pool(x: Tensor, bn: BatchNorm) -> Tensor:
+    """The output of :func:`functional.bn_relu_avg_pool2d`; updates running statistics."""
+    return F.relu(_normalised(x, bn)).mean((2, 3))
+
+
+def _normalised(x: Tensor, bn: BatchNorm) -> Tensor:
+    """What ``nn.BatchNorm2d.forward`` does."""
+    momentum = bn.momentum
+    if bn.training and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    return F.batch_norm(
+        x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.batch_stats, momentum or 0.0, bn.eps
+    )
