@@ -7,7 +7,7 @@
 Importing the package imports torch, no Triton, and touches no device.
 """
 
-from . import functional, models
+from . import flops, functional, models
 from .functional import Statistics
 from .inference import optimize_for_inference, undo_optimize_for_inference
 from .modules import (
@@ -35,3 +35,5 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+flops.register()

@@ -2,7 +2,8 @@
 
 That is where each module would run exactly the ``forward`` of its PyTorch class, with nothing around it: no subclass
 or instance that replaces ``forward`` or what ``forward`` calls, no hook on the module and none on all modules, no
-compiled call, no patched ``nn.Module.__call__``, and nobody who traces the calls. Elsewhere the modules run one by one.
+compiled call, no patched ``nn.Module.__call__``, and nobody who traces the calls. Elsewhere the modules run one by
+one.
 
 PyTorch's own functions are remembered when this module is imported: one that is replaced later is noticed.
 """
@@ -17,7 +18,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 
-__all__ = ["even_padding", "forward_is", "observed", "runs_batch_norm", "runs_convolution", "transforming"]
+__all__ = [
+    "even_padding",
+    "has_hooks",
+    "is_batch_norm",
+    "is_convolution",
+    "observed",
+    "runs",
+    "runs_batch_norm",
+    "runs_convolution",
+    "transforming",
+]
 
 _CALL = nn.Module.__call__
 _BATCH_NORM = nn.BatchNorm2d.forward
@@ -66,41 +77,58 @@ def observed(input: Any) -> bool:
     return transforming() or (call is not _CALL and call.__module__ != "torch.fx._symbolic_trace")
 
 
-def forward_is(module: nn.Module, forward: Callable[..., Any]) -> bool:
-    """Whether calling ``module`` runs ``forward`` on it and nothing else, as far as the module itself goes."""
-    held, cls = module.__dict__, type(module)
-    return not (
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to the calls of ``module`` itself."""
+    held = module.__dict__
+    return bool(
         held["_forward_hooks"]
         or held["_forward_pre_hooks"]
         or held["_backward_hooks"]
         or held["_backward_pre_hooks"]
-        or "forward" in held
+    )
+
+
+def runs(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether calling ``module`` comes down to ``forward(module, ...)``, hooks apart."""
+    held, cls = module.__dict__, type(module)
+    return not (
+        "forward" in held
         or held.get("_compiled_call_impl") is not None
         or cls.forward is not forward
         or cls.__call__ is not nn.Module.__call__
     )
 
 
-def runs_batch_norm(module: Any) -> bool:
-    """Whether calling ``module`` runs exactly ``nn.BatchNorm2d.forward``. A subclass may."""
+def is_batch_norm(module: Any) -> bool:
+    """Whether ``module`` runs exactly ``nn.BatchNorm2d.forward``, hooks apart. A subclass may."""
     return (
         isinstance(module, nn.BatchNorm2d)
-        and forward_is(module, _BATCH_NORM)
+        and runs(module, _BATCH_NORM)
         and "_check_input_dim" not in module.__dict__
         and type(module)._check_input_dim is _CHECK
     )
 
 
-def runs_convolution(module: Any) -> bool:
-    """Whether calling ``module`` runs exactly ``nn.Conv2d.forward``, with zeros evenly on both sides."""
+def is_convolution(module: Any) -> bool:
+    """Whether ``module`` runs exactly ``nn.Conv2d.forward``, with zeros evenly on both sides, hooks apart."""
     return (
         isinstance(module, nn.Conv2d)
-        and forward_is(module, _CONVOLUTION)
+        and runs(module, _CONVOLUTION)
         and "_conv_forward" not in module.__dict__
         and type(module)._conv_forward is _CONVOLVE
         and module.padding_mode == "zeros"
         and (module.padding != "same" or even_padding(module))
     )
+
+
+def runs_batch_norm(module: Any) -> bool:
+    """:func:`is_batch_norm`, and nobody listens."""
+    return is_batch_norm(module) and not has_hooks(module)
+
+
+def runs_convolution(module: Any) -> bool:
+    """:func:`is_convolution`, and nobody listens."""
+    return is_convolution(module) and not has_hooks(module)
 
 
 def even_padding(module: nn.Conv2d) -> bool:

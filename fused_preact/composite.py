@@ -23,7 +23,7 @@ def unit(
     identity: bool,
     residual: Tensor | None,
 ) -> Tensor:
-    """The output of :func:`functional.residual_unit`, or with ``residual`` of one site; updates running statistics."""
+    """The output of a unit, or with ``residual`` of a site, as in :mod:`functional`; updates running statistics."""
     added, y = x if identity else residual, x
     for index, (bn, conv) in enumerate(sites):
         activated = F.relu(_normalised(y, bn))

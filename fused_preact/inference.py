@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from .folding import fold_unit, foldable_stem, foldable_unit, run_chain, run_stem
+from .calls import has_hooks, observed, runs
+from .folding import fingerprint, fold_unit, foldable_stem, foldable_unit, run_chain, run_stem
 from .functional import to_native_format
 from .modules import PreActSequential, Stem, _PreActUnit
 from .reference import memory_format_of
@@ -35,11 +35,16 @@ def optimize_for_inference(model: Model) -> Model:
     copies take about the memory of the weights (in float32 on a CPU).
 
     Whatever a copy was made of is compared at each call, by identity, address and version: after ``load_state_dict``,
-    an optimiser's step, ``.to()`` or another ``eps`` it is made anew. Only a write through ``.data`` leaves no trace;
-    call this function again after one.
+    an optimiser's step, ``.to()`` or another ``eps`` it is made anew. Writes that PyTorch does not count
+    (``torch.distributed`` collectives, NumPy, another process in shared memory, ``.data``) are looked for on a CPU:
+    any change in a vector (BN parameters, running statistics, biases) is seen, and of a convolution's weight one that
+    touches the sampled 512 bytes, as every write of a whole tensor does. What may go unseen is a write to a few
+    elements of a weight, and on a GPU, where looking would wait for the device, any uncounted write: call this
+    function again after one.
 
     As before run: training mode, calls that record gradients, ``torch.compile`` (which traces the unfolded model),
-    hooks on a unit's children, parametrised weights, SyncBatchNorm and BNs without running statistics, and
+    ``torch.func`` transforms and tracers, hooks on a unit's children or on all modules, children that do something
+    else than PyTorch's BatchNorm2d and Conv2d, parametrised weights, BNs without running statistics, and
     ``PreActConv2d``, which has nothing to fold. Under autocast the input is cast as always, and the CPU kernels keep
     the folded weights in float32. On a CPU a chain of units is one operation, in which each thread takes its images
     through all units, and so is a stem; elsewhere each convolution is one.
@@ -86,7 +91,7 @@ def _install(module: nn.Module) -> None:
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
     """What a sequence of units calls one after the other; a module that is no such sequence is itself the leaf."""
-    if type(module) is PreActSequential:
+    if type(module) is PreActSequential and runs(module, PreActSequential.forward):
         for child in module:
             yield from _leaves(child)
     else:
@@ -96,13 +101,22 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 # --- when it may run --------------------------------------------------------------------------------------------
 
 
-_MODES = ("fused", "training", "eps", "padding_mode", "ceil_mode", "return_indices")
-_CONSTANTS = (*_MODES, "kernel_size", "stride", "padding", "dilation", "groups")
+_CONSTANTS = (
+    *("fused", "training", "eps", "padding_mode", "ceil_mode", "return_indices"),
+    *("kernel_size", "stride", "padding", "dilation", "groups", "shortcut"),
+)
+_REPLACED = ("forward", "_conv_forward", "_check_input_dim", "_compiled_call_impl")
+"""What an instance may have in the place of its class's."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _places(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._parameters, module._buffers, module._modules
+
+
+def _methods(classes: list[type[nn.Module]]) -> list[Any]:
+    """What calls of modules of ``classes`` run, where somebody may have put something else."""
+    return [method for cls in classes for method in (cls.__call__, cls.forward)]
 
 
 class _Watched:
@@ -111,12 +125,20 @@ class _Watched:
     def __init__(self, root: nn.Module) -> None:
         modules = list(root.modules())
         self.hooks = [getattr(m, name) for m in modules if m is not root for name in _HOOKS]
-        self.children = [m._modules for m in modules]
+        self.modules = modules
+        self.types = list(map(type, modules))
+        self.classes = [nn.Conv2d, nn.BatchNorm2d, *dict.fromkeys(self.types)]
+        self.methods = _methods(self.classes)
+        # An attribute that comes to an instance later may stand before its class's.
+        self.children = [*(m._modules for m in modules), *(m.__dict__ for m in modules)]
         self.counts = list(map(len, self.children))
-        places: list[tuple[dict[str, Any], tuple[str, ...]]] = [(m.__dict__, _CONSTANTS) for m in modules]
-        places += [(d, tuple(d)) for m in modules for d in _places(m)]
-        self.places = [place for place, names in places for name in names if name in place]
-        self.names = [name for place, names in places for name in names if name in place]
+        places: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+            (d, tuple(d)) for m in modules for d in _places(m)
+        ]
+        places += [(d, [name for name in _CONSTANTS if name in d]) for d in (m.__dict__ for m in modules)]
+        places += [(m.__dict__, _REPLACED[:1]) for m in modules]
+        self.places = [place for place, names in places for _ in names]
+        self.names = [name for _, names in places for name in names]
         self.objects = list(map(dict.get, self.places, self.names))
         named = [*root.named_parameters(), *root.named_buffers()]
         self.tensors = [t for name, t in named if not name.endswith("num_batches_tracked")]
@@ -124,6 +146,12 @@ class _Watched:
         self.addresses = [t.data_ptr() for t in self.tensors]
         # Aliases keep the storages alive: their addresses cannot come back as those of others.
         self.aliases = [t.detach() for t in self.tensors]
+        self.on_cpu = all(t.device.type == "cpu" for t in self.tensors)
+        self.bytes = self._bytes()
+
+    def _bytes(self) -> Any:
+        """Changes with what uncounted writes leave in the tensors: equal where there were none."""
+        return fingerprint(self.aliases) if self.on_cpu else None
 
     def unchanged(self) -> bool:
         """Whether every module, tensor and constant is the one it was, and no tensor has been written to.
@@ -133,19 +161,28 @@ class _Watched:
         return (
             all(map(operator.is_, map(dict.get, self.places, self.names), self.objects))
             and list(map(len, self.children)) == self.counts
+            and list(map(type, self.modules)) == self.types
+            and _methods(self.classes) == self.methods
             and [t._version for t in self.tensors] == self.versions
             and [t.data_ptr() for t in self.tensors] == self.addresses
+            and self._bytes() == self.bytes
         )
 
 
-class _State(NamedTuple):
-    """A fold and what it was made of; replaced as a whole, so that threads see one or the other."""
+class _Fold(NamedTuple):
+    """Folded weights."""
 
-    watched: _Watched
     run: Callable[[Tensor], Tensor | None]
     channels: int
     dtype: torch.dtype
     device: torch.device
+
+
+class _State(NamedTuple):
+    """A fold, or None where there cannot be one, and what it was made of; replaced as a whole: threads see either."""
+
+    watched: _Watched
+    fold: _Fold | None
 
 
 class _Folded:
@@ -161,40 +198,41 @@ class _Folded:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The output, or None where the module has to run as it is."""
-        if type(x) is not Tensor or x.dim() != 4 or x.numel() == 0:
-            return None
-        if torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        if observed(x) or type(x) is not Tensor or x.dim() != 4 or x.numel() == 0:
             return None
         state = self._current()
-        if state is None or any(state.watched.hooks):
+        if state is None or state.fold is None or any(state.watched.hooks):
             return None
+        fold = state.fold
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state.watched.tensors)):
             return None
         dtype = _autocast_dtype(x)
-        if (x.device, x.shape[1]) != (state.device, state.channels) or (
-            dtype is None and x.dtype != state.dtype
+        if (x.device, x.shape[1]) != (fold.device, fold.channels) or (
+            dtype is None and x.dtype != fold.dtype
         ):
             return None
         outer = memory_format_of(x)
         x = to_native_format(x if dtype is None else x.to(dtype))
         with torch.no_grad():
-            y = state.run(x)
+            y = fold.run(x)
         return None if y is None else y.contiguous(memory_format=outer)
 
     def _current(self) -> _State | None:
-        """The fold of the module as it is now, None where it cannot be folded."""
+        """The fold of the module as it is now, None in training: there this is asked at every step."""
+        if self._root.training:
+            return None
         state = self._state
-        if state is not None and state.watched.unchanged():
-            return state
-        self._state = state = None
-        # Before anything else: in training this is asked at every step.
-        if not self._root.training and not any(m.training for m in self._root.modules()):
-            with torch.no_grad():
-                self._state = state = _fold(self._root)
+        if state is None or not state.watched.unchanged():
+            self._state = state = None
+            modules = list(self._root.modules())
+            # Hooks come and go, and a lazy module, which has one, is not yet what it will be.
+            if not any(m.training or has_hooks(m) for m in modules if m is not self._root):
+                with torch.no_grad():
+                    self._state = state = _State(_Watched(self._root), _fold(self._root))
         return state
 
 
-def _fold(root: nn.Module) -> _State | None:
+def _fold(root: nn.Module) -> _Fold | None:
     made: dict[Any, Any] = {}
     if isinstance(root, Stem):
         if not foldable_stem(root):
@@ -210,7 +248,7 @@ def _fold(root: nn.Module) -> _State | None:
         if any((w.device, w.dtype) != (weight.device, weight.dtype) for w in weights):
             return None
         run = functools.partial(run_chain, [fold_unit(unit) for unit in units], made)
-    return _State(_Watched(root), run, weight.shape[1], weight.dtype, weight.device)
+    return _Fold(run, weight.shape[1], weight.dtype, weight.device)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

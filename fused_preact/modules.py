@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .calls import forward_is, observed, runs_batch_norm, runs_convolution
+from .calls import has_hooks, observed, runs, runs_batch_norm, runs_convolution
 from .functional import BatchNorm, Convolution, Statistics, preact_site, residual_unit
 
 __all__ = [
@@ -131,6 +131,11 @@ class IdentityProjection(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, stride={self.stride}"
 
 
+def is_identity_projection(module: nn.Module) -> bool:
+    """Whether ``module`` is an :class:`IdentityProjection` and nothing that somebody made of it."""
+    return type(module) is IdentityProjection and runs(module, IdentityProjection.forward)
+
+
 def _shortcut(
     kind: str | None, in_channels: int, out_channels: int, stride: int, factory: dict[str, Any]
 ) -> nn.Module | None:
@@ -204,7 +209,7 @@ class _PreActUnit(nn.Module):
         return (
             shortcut is None
             or runs_convolution(shortcut)
-            or (type(shortcut) is IdentityProjection and forward_is(shortcut, IdentityProjection.forward))
+            or (is_identity_projection(shortcut) and not has_hooks(shortcut))
         )
 
     def _plain(self, input: Tensor) -> Tensor:
@@ -318,11 +323,17 @@ class PreActSequential(nn.Sequential):
         return x, statistics
 
 
+def takes_statistics(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs a forward of this file that hands statistics on, hooks apart."""
+    if isinstance(module, _PreActUnit):
+        return runs(module, _PreActUnit.forward)
+    return isinstance(module, PreActSequential) and runs(module, PreActSequential.forward)
+
+
 def call_with_statistics(
     module: nn.Module, x: Tensor, statistics: Statistics | None, return_statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
     """``module(x)``, and statistics to it and from it where its call is nothing but the forward that takes them."""
-    ours = isinstance(module, (_PreActUnit, PreActSequential)) and not observed(x)
-    if ours and (forward_is(module, _PreActUnit.forward) or forward_is(module, PreActSequential.forward)):
+    if takes_statistics(module) and not has_hooks(module) and not observed(x):
         return module.forward_with_statistics(x, statistics, return_statistics)  # type: ignore[operator]
     return module(x), None

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["BACKENDS", "backend", "requested_backend", "run", "serving_backend", "table"]
+__all__ = ["BACKENDS", "backend", "compiled_for_cpu", "requested_backend", "run", "serving_backend", "table"]
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
@@ -366,6 +366,11 @@ def serving_backend(x: Tensor) -> str:
     if x.device.type == "cpu" and x.dtype != torch.float64 and _cpu_missing is None:
         return "cpu"
     return "reference"
+
+
+def compiled_for_cpu() -> bool:
+    """Whether the operators of ``kernels/cpu`` are loaded."""
+    return _cpu_missing is None
 
 
 def table(requested: str, x: Tensor) -> Any:

@@ -47,7 +47,7 @@ class PreActResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused and isinstance(x, Tensor):
+        if self.fused and not observed(x):
             x = to_native_format(x)
         x, statistics = call_with_statistics(self.stages, self.stem(x), None, self.training)
         if self.fused and not observed(x) and runs_batch_norm(self.bn):
