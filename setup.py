@@ -106,6 +106,8 @@ def _extension():
         def run(self):
             self.run_command("build")
             self.root_is_pure = not self.distribution.has_ext_modules()
+            # The installation into the wheel would compile everything again.
+            self.skip_build = True
             super().run()
 
     extension = CppExtension(

@@ -189,7 +189,8 @@ def test_builds_without(copy: Path, tmp_path: Path, without: str) -> None:
 
 
 STUB = """#!/bin/sh
-# Compiles and links nothing, at once: makes the file that -o names.
+# Compiles and links nothing, at once: makes the file that -o names, and notes how it was called.
+echo "$*" >> "$0.calls"
 while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
 """
 
@@ -201,11 +202,14 @@ def test_compiled_build_records_its_sources(copy: Path, tmp_path: Path) -> None:
     compiler.write_text(STUB)
     compiler.chmod(0o755)
     environment = {"CC": str(compiler), "CXX": str(compiler), "FUSED_PREACT_BUILD_EXT": "1"}
-    made = build(tree, tmp_path / "out", "wheel", **environment)
+    run("setup.py", "-q", "bdist_wheel", "-d", str(tmp_path / "out"), cwd=tree, **environment)
+    (made,) = (tmp_path / "out").iterdir()
     built = {"fused_preact/kernels/_cpu.so", f"fused_preact/kernels/{cpp.RECORD}"}
     assert contents(made) == expected_contents() | built
     with zipfile.ZipFile(made) as archive:
         assert archive.read(f"fused_preact/kernels/{cpp.RECORD}").decode() == f"{cpp.digest()}\n"
+    compiled = compiler.with_name("c++.calls").read_text().splitlines()
+    assert len([call for call in compiled if "-c" in call.split() and "bn_stats.cpp" in call]) == 1
     # ... and so does a build in place, as an editable install makes it, of the sources of its day.
     (tree / "kernels" / "cpu" / "more.h").touch()
     run("setup.py", "-q", "build_ext", "--inplace", cwd=tree, **environment)
@@ -216,7 +220,9 @@ def test_compiled_build_records_its_sources(copy: Path, tmp_path: Path) -> None:
     )
     # A build that fails packs nothing of an earlier one.
     assert list(tree.glob("build/lib*/fused_preact/kernels/_cpu.so"))
-    failed = build(tree, tmp_path / "failed", "wheel", CC="/bin/false", CXX="/bin/false")
+    environment = {"CC": "/bin/false", "CXX": "/bin/false"}
+    run("setup.py", "-q", "bdist_wheel", "-d", str(tmp_path / "failed"), cwd=tree, **environment)
+    (failed,) = (tmp_path / "failed").iterdir()
     assert contents(failed) == expected_contents()
 
 
@@ -318,12 +324,34 @@ def served(python: Path, clone: Path, *path: Path) -> str:
     return line.split(maxsplit=1)[1]
 
 
-@pytest.mark.parametrize("install", ["nothing", "pure"])
-def test_checkout_runs_whatever_is_installed(bare: Path, clone: Path, installed: Path, install: str) -> None:
-    path = (installed,) if install == "pure" else ()
+# Stands for the finder that setuptools installs, which knows the folder of an editable install by heart.
+EDITABLE = """
+import importlib.util, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "fused_preact.kernels":
+            return importlib.util.spec_from_file_location(name, {init!r})
+sys.meta_path.append(Finder)
+"""
+
+
+def editable(folder: Path, tree: Path) -> Path:
+    """A folder that gives an interpreter with it on PYTHONPATH the editable install of ``tree``."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(EDITABLE.format(init=str(tree / "kernels" / "__init__.py")))
+    return folder
+
+
+@pytest.mark.parametrize("install", ["nothing", "pure", "editable-elsewhere"])
+def test_checkout_runs_whatever_is_installed(
+    bare: Path, copy: Path, clone: Path, installed: Path, tmp_path: Path, install: str
+) -> None:
+    path: tuple[Path, ...] = (installed,) if install == "pure" else ()
+    if install == "editable-elsewhere":
+        path = (editable(tmp_path / "site", copy),)
     code = USE + (WITH_TRITON if importlib.util.find_spec("triton") else "")
     assert run("-c", code, str(clone), cwd=clone, path=path, python=bare) == ""
-    for program in ("fused_preact.train", "benchmarks"):
+    for program in () if install == "editable-elsewhere" else ("fused_preact.train", "benchmarks"):
         assert "usage:" in run("-m", program, "--help", cwd=clone, path=path, python=bare)
     assert served(bare, clone, *path) == (
         f"not available: there are no compiled CPU kernels in {clone}/kernels and none are installed"
@@ -332,13 +360,19 @@ def test_checkout_runs_whatever_is_installed(bare: Path, clone: Path, installed:
 
 
 @pytest.mark.skipif(ops._cpu_missing is not None, reason=str(ops._cpu_missing))
-@pytest.mark.parametrize("beside", ["nothing", "stale"])
+@pytest.mark.parametrize("install", ["wheel", "wheel-and-stale-beside", "editable-elsewhere"])
 def test_checkout_takes_the_installed_library_of_its_sources(
-    bare: Path, clone: Path, installed: Path, tmp_path: Path, beside: str
+    bare: Path, copy: Path, clone: Path, installed: Path, tmp_path: Path, install: str
 ) -> None:
-    site = Path(shutil.copytree(installed, tmp_path / "site"))
-    library = lay(site / "fused_preact" / "kernels", cpp.digest(), Path(str(ops._cpu_library)))
-    if beside == "stale":
+    site = tmp_path / "site"
+    if install == "editable-elsewhere":
+        tree = shutil.copytree(copy, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("build", "tests"))
+        editable(site, tree)
+        folder = tree / "kernels"
+    else:
+        folder = shutil.copytree(installed, site) / "fused_preact" / "kernels"
+    library = lay(folder, cpp.digest(), Path(str(ops._cpu_library)))
+    if install == "wheel-and-stale-beside":
         lay(clone / "kernels", "0" * 64)
     line = served(bare, clone, site)
     assert line.startswith("available, instruction set ")
