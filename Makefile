@@ -11,8 +11,8 @@ STAMP := $(VENV)/.installed
 TYPES := $(VENV)/types
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-# The C++ kernels are compiled by the installation, so a change in them repeats it too.
-SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc)
+# The C++ kernels are compiled by the installation, so a change in them, or in how they are told apart, repeats it.
+SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc) kernels/sources.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test lint types format bench tables clean
@@ -70,5 +70,5 @@ bench: $(STAMP) ## python -m benchmarks, for example: make bench ARGS=compile
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv, builds and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .ninja_deps .ninja_log kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info .ninja_deps .ninja_log kernels/_cpu.* .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find fused_preact kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -6,9 +6,11 @@ serves on the CPU; an install in build isolation has no torch at build time and 
 """
 
 import os
+import runpy
 import shutil
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -40,8 +42,13 @@ def _extension():
     """The ext_modules and command classes that build the kernels."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    sources = runpy.run_path("kernels/sources.py")
+
     class BuildKernels(BuildExtension):
-        """Builds the kernels; unless they were demanded, a failure leaves a pure-Python package."""
+        """Builds the kernels and, beside them, the record of their sources, which fused_preact.library reads.
+
+        Unless they were demanded, a failure leaves a pure-Python package.
+        """
 
         def __init__(self, *args, **kwargs):
             # A library of operators, no Python module: its name carries no Python ABI.
@@ -55,7 +62,43 @@ def _extension():
                 if BUILD == "1":
                     raise
                 _warn(f"the build failed ({' '.join(str(error).split())[:200]})")
+                # What an earlier build left would be packed in the place of this one.
+                for ext in self.extensions:
+                    for leftover in self._built(ext):
+                        leftover.unlink(missing_ok=True)
                 self.extensions = self.distribution.ext_modules = []
+
+        def _built(self, ext):
+            """The library in the build tree, and its record."""
+            library = Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+            return library, library.with_name(sources["RECORD"])
+
+        def _records(self):
+            """Each record in the build tree, and where a build in place has it."""
+            build_py = self.get_finalized_command("build_py")
+            for ext in self.extensions:
+                folder = build_py.get_package_dir(ext.name.rpartition(".")[0])
+                yield str(self._built(ext)[1]), str(Path(folder, sources["RECORD"]))
+
+        def build_extension(self, ext):
+            # Taken before: what is edited while the compiler runs may or may not be in the library.
+            digest = sources["digest"]()
+            _, record = self._built(ext)
+            record.unlink(missing_ok=True)
+            super().build_extension(ext)
+            record.write_text(f"{digest}\n")
+
+        def copy_extensions_to_source(self):
+            super().copy_extensions_to_source()
+            for record, in_tree in self._records():
+                shutil.copyfile(record, in_tree)
+
+        # What a strict editable install links.
+        def get_outputs(self):
+            return sorted({*super().get_outputs(), *dict(self._records())})
+
+        def get_output_mapping(self):
+            return super().get_output_mapping() | (dict(self._records()) if self.inplace else {})
 
     class Wheel(bdist_wheel):
         """A wheel whose kernels failed to build is pure Python and says so in its name."""
@@ -63,6 +106,8 @@ def _extension():
         def run(self):
             self.run_command("build")
             self.root_is_pure = not self.distribution.has_ext_modules()
+            # The installation into the wheel would compile everything again.
+            self.skip_build = True
             super().run()
 
     extension = CppExtension(

@@ -82,7 +82,7 @@ def report() -> str:
         reason = ops._unavailable(name, None)
         state = "available" if reason is None else f"not available: {reason}"
         if name == "cpu" and reason is None:
-            state += f", instruction set {torch.ops.fused_preact.cpu_instruction_set()}"
+            state += f", instruction set {torch.ops.fused_preact.cpu_instruction_set()}, {ops._cpu_library}"
         lines.append(f"  {name:<12} {state}")
     lines.append(
         "  reference    available: plain PyTorch, serves float64 everywhere and whatever no kernel serves"

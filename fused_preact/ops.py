@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import library, reference
 
 __all__ = ["BACKENDS", "backend", "compiled_for_cpu", "requested_backend", "run", "serving_backend", "table"]
 
@@ -226,7 +226,7 @@ def _triton_op(name: str) -> Callable[..., Any]:
 _triton = SimpleNamespace(**{name: _triton_op(name) for name in _SCHEMAS})
 
 _cpu_missing: str | None = None
-"""Why there are no compiled CPU kernels, or None where they are loaded."""
+"""Why there are no compiled CPU kernels, or None where they are loaded, from ``_cpu_library``."""
 
 
 @functools.cache
@@ -253,19 +253,6 @@ def _cpu_op(name: str) -> Callable[..., Any]:
     return serve
 
 
-def _load_cpu_kernels() -> str | None:
-    """Load the library that setup.py built, which registers its operators; returns why it could not, or None."""
-    kernels = importlib.import_module("fused_preact.kernels")
-    path = os.path.join(os.path.dirname(str(kernels.__file__)), "_cpu.so")
-    if not os.path.exists(path):
-        return "this build has no compiled CPU kernels (pip install --no-build-isolation builds them)"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"the compiled CPU kernels do not load, perhaps because torch was updated ({error})"
-    return None
-
-
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
@@ -273,7 +260,7 @@ for _name, _schema in _SCHEMAS.items():
         _library.impl(_name, getattr(_triton, _name), _key)
     torch.library.register_fake(f"fused_preact::{_name}", globals()[f"_fake_{_name}"], lib=_library)
 
-_cpu_missing = _load_cpu_kernels()
+_cpu_library, _cpu_missing = library.load()
 if _cpu_missing is not None:
     for _name in _SCHEMAS:
         _library.impl(_name, _cpu_op(_name), "CPU")
