@@ -350,7 +350,9 @@ def made(place: str, change: Change, fused: bool, training: bool, stack: Any, af
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.fixture
@@ -590,7 +592,9 @@ def test_functions_under_transforms() -> None:
         return F.conv2d(F.relu(F.batch_norm(t, mean, var)), weight)
 
     for name in ("grad", "jvp", "vmap"):
-        torch.testing.assert_close(TRANSFORMS[name](ours, x), TRANSFORMS[name](plain, x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            TRANSFORMS[name](ours, x), TRANSFORMS[name](plain, x), rtol=1e-3, atol=1e-3
+        )
 
 
 class Tagged(Tensor):

@@ -1,0 +1,166 @@
+"""What a rewritten graph calls: a chain of sites, and the head, over the functions of :mod:`fused_preact.functional`.
+
+Statistics travel as an attribute of the tensor that they describe, with its version: whoever reads another tensor, or
+one that was written to, computes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import composite, functional
+from ..arguments import BatchNorm, Convolution, Statistics
+
+__all__ = ["ChainCall", "ConvSource", "HeadCall", "NormSource"]
+
+
+class NormSource(NamedTuple):
+    """Where a BN's arguments come from: ``module``, or the tensors of the call from ``at`` on."""
+
+    module: nn.Module | None
+    at: int
+    constants: tuple[bool, float, float]
+
+    def of(self, tensors: tuple[Tensor | None, ...]) -> BatchNorm:
+        if self.module is not None:
+            return BatchNorm.of(self.module)  # type: ignore[arg-type]
+        mean, var, weight, bias = tensors[self.at : self.at + 4]
+        training, momentum, eps = self.constants
+        return BatchNorm(weight, bias, mean, var, None, training, momentum, eps)
+
+
+class ConvSource(NamedTuple):
+    """Where a convolution's arguments come from; ``pad`` rows and columns of zeros come on top."""
+
+    module: nn.Module | None
+    at: int
+    constants: tuple[Any, ...]
+    pad: tuple[int, int]
+
+    def of(self, tensors: tuple[Tensor | None, ...]) -> Convolution:
+        if self.module is not None:
+            conv = Convolution.of(self.module)  # type: ignore[arg-type]
+        else:
+            weight, bias = tensors[self.at : self.at + 2]
+            assert weight is not None
+            conv = Convolution(weight, bias, *self.constants)
+        if self.pad == (0, 0):
+            return conv
+        rows, columns = (conv.padding,) * 2 if isinstance(conv.padding, int) else conv.padding
+        return conv._replace(padding=(rows + self.pad[0], columns + self.pad[1]))
+
+
+class ChainCall(NamedTuple):
+    """A chain of sites with its shortcut: called with x, the residual (or None) and the tensors that sources name."""
+
+    sites: tuple[tuple[NormSource, ConvSource], ...]
+    shortcut: str | None
+    projection: ConvSource | None
+    shared: bool
+    """Whether other chains read the activation of the first site too."""
+    updates: bool
+    """Whether this one of them updates the first BN's running statistics."""
+    hands_on: bool
+    """Whether a BN may read the output."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        sites = [(norm.of(tensors), conv.of(tensors)) for norm, conv in self.sites]
+        first = sites[0][0]
+        statistics = _statistics(x) if first.batch_stats else None
+        if self.shared and first.batch_stats:
+            statistics = statistics or _computed(x)
+            if not self.updates:
+                first = first._replace(running_mean=None, running_var=None, num_batches_tracked=None)
+                sites[0] = first, sites[0][1]
+        projection = None if self.projection is None else self.projection.of(tensors)
+        if self.shortcut == "activation":
+            projection = Convolution(_identity(x, sites[0][1].weight))
+        identity = self.shortcut == "identity"
+        wanted = self.hands_on and any(bn.training for bn, _ in sites)
+        try:
+            y, made = functional._unit(x, sites, projection, identity, residual, statistics, wanted)
+        except (TypeError, ValueError):
+            # Not what the fused call takes (a sum that broadcasts, two dtypes): PyTorch's own operations say what is
+            # right, or what is wrong.
+            return composite.unit(x, sites, projection, identity, residual)
+        if made is not None:
+            _attach(y, made)
+        return y
+
+
+class HeadCall(NamedTuple):
+    """BN -> ReLU -> global average pool; ``window``: pooling over a window, whose stride is ``stride``."""
+
+    norm: NormSource
+    keepdim: bool
+    window: tuple[int, int] | None
+    stride: Any
+
+    def __call__(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        bn = self.norm.of(tensors)
+        if x.dim() != 4 or (self.window is not None and tuple(x.shape[2:]) != self.window):
+            activated = composite.activated(x, bn)
+            if self.window is not None:
+                return F.avg_pool2d(activated, self.window, self.stride)
+            return activated.mean((-2, -1), self.keepdim)
+        y = functional.bn_relu_avg_pool2d(x, bn, _statistics(x) if bn.batch_stats else None)
+        return y[:, :, None, None] if self.keepdim else y
+
+
+# --- statistics -----------------------------------------------------------------------------------------------
+
+_ATTRIBUTE = "_fused_preact_statistics"
+
+
+def _attach(y: Tensor, statistics: Statistics) -> None:
+    if not (torch.compiler.is_dynamo_compiling() or y.is_inference()):
+        setattr(y, _ATTRIBUTE, (y._version, statistics))
+
+
+def _statistics(x: Tensor) -> Statistics | None:
+    """The statistics that came with ``x`` and still are its own."""
+    if torch.compiler.is_dynamo_compiling() or x.is_inference():
+        return None
+    version, statistics = getattr(x, _ATTRIBUTE, (None, None))
+    if version != x._version or (functional._autocasting(x) and x.dtype == torch.float32):
+        return None
+    return statistics
+
+
+def _computed(x: Tensor) -> Statistics | None:
+    """The statistics of ``x``, once for several readers of its activation."""
+    if type(x) is not Tensor or functional._autocasting(x) or functional.transforming():
+        return None
+    with torch.no_grad():
+        table = functional.ops.table(functional.ops.requested_backend(), x)
+        found = Statistics(*table.bn_stats(functional.to_native_format(x)))
+    _attach(x, found)
+    return found
+
+
+def _identity(x: Tensor, weight: Tensor) -> Tensor:
+    """The 1x1 convolution that passes ``x`` on, as weight."""
+    return torch.eye(x.shape[1], dtype=weight.dtype, device=weight.device)[:, :, None, None]
+
+
+Fused = Callable[..., Tensor]
+
+
+def function_of(call: ChainCall | HeadCall) -> Fused:
+    """``call`` as a function, which is what FX puts into code."""
+    if isinstance(call, ChainCall):
+
+        def fused_preact_chain(x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:
+            return call(x, residual, *tensors)
+
+        return fused_preact_chain
+
+    def fused_preact_head(x: Tensor, *tensors: Tensor | None) -> Tensor:
+        return call(x, *tensors)
+
+    return fused_preact_head
