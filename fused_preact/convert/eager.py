@@ -32,11 +32,12 @@ class FusedForward:
     def __init__(self, owner: nn.Module, inline: list[nn.Module]) -> None:
         self.owner = owner
         self.inline = inline
-        self.programs: dict[Any, list[Program | str]] = {}
+        self.programs: dict[Any, list[Program]] = {}
+        self.runs: dict[tuple[int, bool], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs belong to the modules of this process; a copy traces its own.
-        return {"owner": self.owner, "inline": self.inline, "programs": {}}
+        return {"owner": self.owner, "inline": self.inline, "programs": {}, "runs": {}}
 
     def written(self, *args: Any, **kwargs: Any) -> Any:
         """The forward as it was written."""
@@ -44,9 +45,9 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            return self.written(*args, **kwargs)
-        if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
-            key: Any = 1
+            return self._compiled(args, kwargs)
+        if not kwargs and all(isinstance(t, Tensor) for t in args):
+            key: Any = len(args)
             tensors: Any = args
         else:
             key, tensors, _ = structure_of(args, kwargs)
@@ -56,6 +57,24 @@ class FusedForward:
         if program is None:
             return self.written(*args, **kwargs)
         return program.run(self.owner, *tensors)
+
+    def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call under ``torch.compile``, which reads the modules of the graph and so guards on what they are."""
+        if kwargs or not all(isinstance(t, Tensor) for t in args):
+            return self.written(*args, **kwargs)
+        key = len(args), self.owner.training
+        return self.runs[key](self.owner, *args) if self.prepared(*key) else self.written(*args)
+
+    def prepared(self, count: int, training: bool) -> bool:
+        """Whether :attr:`runs` has a program for ``count`` tensors now; ``torch.compile`` asks while it traces."""
+        program = self.program(count, (True,) * count, {})
+        if program is None:
+            return False
+        self.runs[count, training] = program.run
+        return True
+
+    # What torch.compiler.assume_constant_result does, which would import Dynamo (two seconds) with this package.
+    prepared._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def program(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
         """The program for arguments of this form in the present state of the module, None where it runs as written."""

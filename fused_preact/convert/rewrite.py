@@ -10,32 +10,38 @@ from .runtime import ChainCall, ConvSource, HeadCall, NormSource, function_of
 
 __all__ = ["rewrite"]
 
+Given = Node | str | None
+"""An argument of a fused call: a value of the graph, or the path of a module."""
+
 
 def rewrite(graph: Graph, found: Found) -> None:
     """Replace every chain and head of ``found`` in ``graph``, in place."""
     replaced: dict[Node, Node] = {}
     first_of: set[Node] = set()
     for match in sorted([*found.chains, *found.heads], key=lambda m: found.values.order[m.last]):
-        tensors: list[Node | None] = []
+        given: list[Given] = []
         if isinstance(match, Head):
             pool = match.pool
-            norm = _norm(match.norm, tensors)
+            norm = _norm(match.norm, given)
             head = HeadCall(norm, pool.keepdim, pool.window, pool.stride)
-            arguments: list[Node | None] = [match.x, *tensors]
+            before: list[Given] = [match.x]
             function = function_of(head)
         else:
             updates = match.sites[0].norm.node not in first_of
             first_of.add(match.sites[0].norm.node)
-            sites = tuple((_norm(site.norm, tensors), _conv(site.conv, tensors)) for site in match.sites)
-            projection = None if match.projection is None else _conv(match.projection.conv, tensors)
+            sites = tuple((_norm(site.norm, given), _conv(site.conv, given)) for site in match.sites)
+            projection = None if match.projection is None else _conv(match.projection.conv, given)
             call = ChainCall(
                 sites, match.shortcut, projection, bool(match.siblings), updates, _hands_on(match, found)
             )
-            arguments = [match.x, match.residual, *tensors]
+            before = [match.x, match.residual]
             function = function_of(call)
-        values = [None if a is None else replaced.get(a, a) for a in arguments]
         with graph.inserting_before(match.last):
-            new = graph.call_function(function, tuple(values))
+            arguments = [
+                graph.get_attr(a) if isinstance(a, str) else None if a is None else replaced.get(a, a)
+                for a in (*before, *given)
+            ]
+            new = graph.call_function(function, tuple(arguments))
         new.meta = dict(match.last.meta)
         for reader in found.values.readers[match.last]:
             for operand in found.values.operands(reader, match.last):
@@ -58,13 +64,19 @@ def _hands_on(chain: Chain, found: Found) -> bool:
     )
 
 
-def _norm(norm: Normalise, tensors: list[Node | None]) -> NormSource:
-    at = len(tensors)
-    tensors += norm.tensors
-    return NormSource(norm.module, at, norm.constants)
+def _norm(norm: Normalise, given: list[Given]) -> NormSource:
+    at = len(given)
+    if norm.module is not None:
+        given.append(str(norm.node.target))
+        return NormSource(at, None)
+    given += norm.tensors
+    return NormSource(at, norm.constants)
 
 
-def _conv(conv: Convolve, tensors: list[Node | None]) -> ConvSource:
-    at = len(tensors)
-    tensors += conv.tensors
-    return ConvSource(conv.module, at, conv.constants, conv.pad)
+def _conv(conv: Convolve, given: list[Given]) -> ConvSource:
+    at = len(given)
+    if conv.module is not None:
+        given.append(str(conv.node.target))
+        return ConvSource(at, None, conv.pad)
+    given += conv.tensors
+    return ConvSource(at, conv.constants, conv.pad)

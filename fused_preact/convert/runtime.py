@@ -19,36 +19,38 @@ from ..arguments import BatchNorm, Convolution, Statistics
 __all__ = ["ChainCall", "ConvSource", "HeadCall", "NormSource"]
 
 
+Given = Tensor | nn.Module | None
+"""What a graph hands to a fused call beside x: modules, read from the model at each call, and tensors."""
+
+
 class NormSource(NamedTuple):
-    """Where a BN's arguments come from: ``module``, or the tensors of the call from ``at`` on."""
+    """Where a BN's arguments are among what is given: from ``at`` on, its module or its four tensors."""
 
-    module: nn.Module | None
     at: int
-    constants: tuple[bool, float, float]
+    constants: tuple[bool, float, float] | None
+    """Training, momentum and eps of the function; None for a module."""
 
-    def of(self, tensors: tuple[Tensor | None, ...]) -> BatchNorm:
-        if self.module is not None:
-            return BatchNorm.of(self.module)  # type: ignore[arg-type]
-        mean, var, weight, bias = tensors[self.at : self.at + 4]
+    def of(self, given: tuple[Given, ...]) -> BatchNorm:
+        if self.constants is None:
+            return BatchNorm.of(given[self.at])  # type: ignore[arg-type]
+        mean, var, weight, bias = given[self.at : self.at + 4]
         training, momentum, eps = self.constants
-        return BatchNorm(weight, bias, mean, var, None, training, momentum, eps)
+        return BatchNorm(weight, bias, mean, var, None, training, momentum, eps)  # type: ignore[arg-type]
 
 
 class ConvSource(NamedTuple):
-    """Where a convolution's arguments come from; ``pad`` rows and columns of zeros come on top."""
+    """Where a convolution's arguments are: its module, or its weight and bias; ``pad`` zeros come on top."""
 
-    module: nn.Module | None
     at: int
-    constants: tuple[Any, ...]
+    constants: tuple[Any, ...] | None
+    """Stride, padding, dilation and groups of the function; None for a module."""
     pad: tuple[int, int]
 
-    def of(self, tensors: tuple[Tensor | None, ...]) -> Convolution:
-        if self.module is not None:
-            conv = Convolution.of(self.module)  # type: ignore[arg-type]
+    def of(self, given: tuple[Given, ...]) -> Convolution:
+        if self.constants is None:
+            conv = Convolution.of(given[self.at])  # type: ignore[arg-type]
         else:
-            weight, bias = tensors[self.at : self.at + 2]
-            assert weight is not None
-            conv = Convolution(weight, bias, *self.constants)
+            conv = Convolution(given[self.at], given[self.at + 1], *self.constants)  # type: ignore[arg-type]
         if self.pad == (0, 0):
             return conv
         rows, columns = (conv.padding,) * 2 if isinstance(conv.padding, int) else conv.padding
@@ -56,7 +58,7 @@ class ConvSource(NamedTuple):
 
 
 class ChainCall(NamedTuple):
-    """A chain of sites with its shortcut: called with x, the residual (or None) and the tensors that sources name."""
+    """A chain of sites with its shortcut: called with x, the residual (or None) and what the sources name."""
 
     sites: tuple[tuple[NormSource, ConvSource], ...]
     shortcut: str | None
@@ -68,8 +70,8 @@ class ChainCall(NamedTuple):
     hands_on: bool
     """Whether a BN may read the output."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:
-        sites = [(norm.of(tensors), conv.of(tensors)) for norm, conv in self.sites]
+    def __call__(self, x: Tensor, residual: Tensor | None, *given: Given) -> Tensor:
+        sites = [(norm.of(given), conv.of(given)) for norm, conv in self.sites]
         first = sites[0][0]
         statistics = _statistics(x) if first.batch_stats else None
         if self.shared and first.batch_stats:
@@ -77,7 +79,7 @@ class ChainCall(NamedTuple):
             if not self.updates:
                 first = first._replace(running_mean=None, running_var=None, num_batches_tracked=None)
                 sites[0] = first, sites[0][1]
-        projection = None if self.projection is None else self.projection.of(tensors)
+        projection = None if self.projection is None else self.projection.of(given)
         if self.shortcut == "activation":
             projection = Convolution(_identity(x, sites[0][1].weight))
         identity = self.shortcut == "identity"
@@ -101,8 +103,8 @@ class HeadCall(NamedTuple):
     window: tuple[int, int] | None
     stride: Any
 
-    def __call__(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
-        bn = self.norm.of(tensors)
+    def __call__(self, x: Tensor, *given: Given) -> Tensor:
+        bn = self.norm.of(given)
         if x.dim() != 4 or (self.window is not None and tuple(x.shape[2:]) != self.window):
             activated = composite.activated(x, bn)
             if self.window is not None:
@@ -155,12 +157,12 @@ def function_of(call: ChainCall | HeadCall) -> Fused:
     """``call`` as a function, which is what FX puts into code."""
     if isinstance(call, ChainCall):
 
-        def fused_preact_chain(x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:
-            return call(x, residual, *tensors)
+        def fused_preact_chain(x: Tensor, residual: Tensor | None, *given: Given) -> Tensor:
+            return call(x, residual, *given)
 
         return fused_preact_chain
 
-    def fused_preact_head(x: Tensor, *tensors: Tensor | None) -> Tensor:
-        return call(x, *tensors)
+    def fused_preact_head(x: Tensor, *given: Given) -> Tensor:
+        return call(x, *given)
 
     return fused_preact_head
