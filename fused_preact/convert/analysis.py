@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ..calls import has_hooks
 from .match import Chain, Found, Head, match
+from .roles import Same
 from .tracing import Traced, Untraceable, trace
 
 __all__ = ["Analysis", "Part", "analyse", "modes"]
@@ -39,6 +40,13 @@ class Part:
         """The paths of all modules whose code the match is in."""
         return {path for node in match.nodes() for path in _callers(node)}
 
+    def passing(self) -> set[str]:
+        """The paths of the modules that only pass on what they are given, such as an empty ``Sequential``."""
+        paths = {module: path for path, module in self.traced.root.named_modules() if path}
+        roles = self.found.values.roles.items()
+        active = {path for node, role in roles if not isinstance(role, Same) for path in _callers(node)}
+        return {paths[m] for m in self.traced.inlined if m in paths} - active
+
     def full(self, path: str) -> str:
         """A path of this part's as one of the model's."""
         return ".".join(p for p in (self.path, path) if p)
@@ -60,10 +68,12 @@ class Analysis:
         """By the path of each module to rewrite: the paths of the modules whose code its matches are in."""
         found: dict[str, set[str]] = {}
         for part in self.parts:
+            passing = part.passing()
             for m in (*part.found.chains, *part.found.heads):
                 row = part.owner(m)
-                path = part.full(row[-1] if row else "")
-                found.setdefault(path, set()).update(map(part.full, part.callers(m)))
+                owner = row[-1] if row else ""
+                inner = {path for path in passing if not owner or path.startswith(f"{owner}.")}
+                found.setdefault(part.full(owner), set()).update(map(part.full, part.callers(m) | inner))
         return found
 
 

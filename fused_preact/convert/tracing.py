@@ -18,6 +18,7 @@ from torch.fx import Node, Proxy
 from torch.utils import _pytree as pytree
 
 from ..calls import has_hooks, is_batch_norm, is_convolution
+from .roles import IN_PLACE
 
 __all__ = ["Traced", "Untraceable", "trace"]
 
@@ -40,6 +41,18 @@ class _Proxy(Proxy):
         if "isinstance" in frame.f_code.co_names and not name.startswith(("torch.", "fused_preact.")):
             raise Untraceable("it asks for the type of a tensor")
         return type(self)
+
+
+def _operator(name: str) -> Callable[[_Proxy, Any], Proxy]:
+    def record(self: _Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", IN_PLACE[name], (self, other), {})
+
+    return record
+
+
+# Proxy takes ``x += y`` for ``x = x + y``, which is something else where x has another name too.
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _operator(_name))
 
 
 class Traced:
