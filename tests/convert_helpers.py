@@ -14,8 +14,8 @@ import torch
 from definitions_oracle import _owned
 from torch import Tensor, nn
 
-from fused_preact import composite
-from fused_preact.convert import fuse, runtime
+from fused_preact import composite, fuse
+from fused_preact.convert import runtime
 
 
 @dataclass

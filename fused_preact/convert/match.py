@@ -158,9 +158,20 @@ class Values:
             for node, written in self.writes.items()
         )
 
-    def fresh(self, node: Node) -> bool:
-        """Whether ``node`` makes a tensor that nobody outside of the graph can see."""
-        return self.roles[node] is not None and not isinstance(self.roles[node], Same)
+    def private(self, write: Node, written: Node) -> bool:
+        """Whether nobody could tell if ``write`` made a new tensor instead: no view of ``written`` is read after it,
+        nor any tensor that came from outside.
+        """
+        family = self._root(written)
+        for node, begun in self.order.items():
+            if begun >= self.order[write] or self._root(node) is not family:
+                continue
+            if node.op in ("placeholder", "get_attr") or (node.op == "call_module" and self.roles[node] is None):
+                return False
+            for reader in node.users:
+                if self.order[reader] > self.order[write] > self.order[self.value(reader, node)]:
+                    return False
+        return True
 
 
 def match(graph: Graph, modules: Modules) -> Found:
@@ -354,8 +365,8 @@ def _endings(
     if a is b:
         return
     written = values.writes[add.node]
-    if written is not None and not values.fresh(values.value(add.node, written)):
-        return  # somebody else sees that tensor change
+    if written is not None and not values.private(add.node, written):
+        return
     for tail, other in ((a, b), (b, a)):
         source, _ = _through(tail, values)
         site = by_conv.get(source)
