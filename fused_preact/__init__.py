@@ -7,7 +7,7 @@
 Importing the package imports torch, no Triton, and touches no device.
 """
 
-from . import functional, models
+from . import _interrupt, functional, models  # noqa: F401 - _interrupt first: the next ones import torch
 from .functional import Statistics
 from .inference import optimize_for_inference, undo_optimize_for_inference
 from .modules import (
