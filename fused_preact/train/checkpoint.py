@@ -20,6 +20,14 @@ from .log import COLUMNS, Row
 from .loop import Trainer, build_model, build_optimizer
 
 FORMAT = 1
+SETTINGS = {
+    "params",
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+}  # of an SGD's group of parameters
 KEYS = {
     "format",
     "model",
@@ -130,8 +138,7 @@ def load(path: str | Path) -> dict[str, Any]:
         )
     content = file.read_bytes()
     try:
-        _check_bytes(content)
-        payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        payload = torch.load(_verified(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
             f"checkpoint {str(file)!r}: {len(content)} bytes that are truncated, damaged or no checkpoint"
@@ -146,15 +153,22 @@ def load(path: str | Path) -> dict[str, Any]:
     return payload
 
 
-def _check_bytes(content: bytes) -> None:
-    """ValueError unless every record has the CRC32 that torch wrote with it and ``torch.load`` does not look at."""
-    with zipfile.ZipFile(io.BytesIO(content)) as records:
-        # Torch stores: nothing that unpacks to more than its own size is ours.
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
-            raise ValueError("packed records")
-        damaged = records.testzip()
-    if damaged is not None:
-        raise ValueError(f"record {damaged} is damaged")
+def _verified(content: bytes) -> BinaryIO:
+    """The records of a checkpoint's archive in a new one: ValueError unless each has the CRC32 written with it.
+
+    ``torch.load`` looks at no CRC32, and damage to the directory, which has none, can make it read a record as empty.
+    """
+    whole = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(whole, "w") as new:
+        records = old.infolist()
+        # Torch stores: what unpacks to more than its own size is not ours.
+        stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+        if not stored or len({record.filename for record in records}) < len(records):
+            raise ValueError("packed records, or two of a name")
+        for record in records:
+            new.writestr(record.filename, old.read(record))
+    whole.seek(0)
+    return whole
 
 
 def check(payload: Mapping[str, Any], config: Config, data: DataSet, model: nn.Module | None = None) -> None:
@@ -183,8 +197,9 @@ def check(payload: Mapping[str, Any], config: Config, data: DataSet, model: nn.M
     if not isinstance(scaler, dict) or (scaler and set(scaler) != set(allowed)):
         raise ValueError(f"checkpoint has scaler={_short(scaler)}, allowed: none or {', '.join(allowed)}")
     for name, value in scaler.items():
-        if not _is_number(value):
-            raise ValueError(f"checkpoint has scaler {name}={_short(value)}, allowed: a number")
+        kind = type(allowed[name])
+        if type(value) is not kind or (kind is int and not 0 <= value < 2**31):
+            raise ValueError(f"checkpoint has scaler {name}={_short(value)}, allowed: {kind.__name__}")
     _check_random_streams(payload["rng"], config.device)
     _check_metrics(payload["epoch"], payload["metrics"])
 
@@ -224,15 +239,16 @@ def _check_optimizer(found: object, expected: torch.optim.Optimizer) -> None:
         raise ValueError(f"checkpoint has {len(groups)} optimizer groups, this run has {len(ours)}")
     for group, our in zip(groups, ours, strict=True):
         for name, value in our.items():
-            # Another version of torch may know a setting less; it then has the default.
-            kept = group.get(name, None if name in ("lr", "params") else value)
+            # Another version of torch may know less of its own switches: they then have their defaults.
+            kept = group.get(name, None if name in SETTINGS else value)
             if not (_is_number(kept) if name == "lr" else _same(kept, value)):
                 raise ValueError(
                     f"checkpoint has optimizer {name}={_short(kept)}, this run has {_short(value)}"
                 )
     parameters = [parameter for group in expected.param_groups for parameter in group["params"]]
     for number, entry in state.items():
-        if not (type(number) is int and 0 <= number < len(parameters) and isinstance(entry, dict)):
+        known = type(number) is int and 0 <= number < len(parameters)
+        if not known or not isinstance(entry, dict) or set(entry) - {"momentum_buffer"}:
             raise ValueError(f"checkpoint has optimizer state {_short(number)}={_short(entry)}")
         if entry.get("momentum_buffer") is not None:
             _check_tensor(f"momentum_buffer {number}", entry["momentum_buffer"], parameters[number])

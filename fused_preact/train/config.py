@@ -46,9 +46,9 @@ class Recipe:
         for name in ("lr", "weight_decay", "warmup_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be finite and not negative")
-        for name in ("momentum", "pad"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: must be finite and not negative")
+        for name, most in (("momentum", 1), ("pad", 32)):  # CIFAR's images are 32 wide
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 to {most}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: allowed: {', '.join(SCHEDULES)}")
         if not self.mean or len(self.mean) != len(self.std):
@@ -191,5 +191,5 @@ def _is(value: object, hint: Any) -> bool:
         return any(_is(value, one) for one in get_args(hint))
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_is(item, get_args(hint)[0]) for item in value)
-    # A bool is an int to Python and 1 is as good as 1.0, but True is neither.
-    return type(value) is hint or (hint is float and type(value) is int)
+    # 1 is as good as 1.0; True is neither, though an int to Python. Torch takes no int of any size.
+    return type(value) is hint or (hint is float and type(value) is int and abs(value) <= 2**53)
