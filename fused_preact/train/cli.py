@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, NoReturn, TextIO, cast
+from typing import Any, NoReturn
 
 from fused_preact import _interrupt
 
@@ -26,8 +26,8 @@ class _Parser(argparse.ArgumentParser):
         _complain(message)  # one line; the usage is three screens
         self.exit(2)
 
-    def print_help(self, file: IO[str] | None = None) -> None:
-        console.write(sys.stdout if file is None else cast(TextIO, file), self.format_help())
+    def print_help(self, file: Any = None) -> None:
+        console.write(sys.stdout if file is None else file, self.format_help())
 
 
 def _complain(message: str) -> None:
