@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import sys
 import time
 import zipfile
 from dataclasses import replace
@@ -344,7 +345,7 @@ def test_the_plain_checkpoint_is_looked_at_before_training(
 def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(
     data: DataSet, tiny_model: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever in the file the disk is full: torch's writer has words of its own for that."""
+    """Wherever in the file that is: torch's own writer to a file would not say so."""
     file, payload = tmp_path / "last.pt", checkpoint.pack(Trainer(CONFIG, data, fused=True), 0, [])
     checkpoint.save(file, payload)
     whole = file.read_bytes()
@@ -366,6 +367,43 @@ def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(
         assert file.read_bytes() == whole
     Full.room = 1 << 20
     checkpoint.save(file, payload)
+
+
+def test_an_interrupt_anywhere_in_a_save_is_an_interrupt(
+    data: DataSet, tiny_model: None, tmp_path: Path
+) -> None:
+    """Raised at every 13th line that Python runs below ``save``, torch's and the library's own included."""
+    file, payload = tmp_path / "last.pt", checkpoint.pack(Trainer(CONFIG, data, fused=True), 0, [])
+    checkpoint.save(file, payload)
+    kept = checkpoint.load(file)["state"]
+
+    def interrupted_at(line: int) -> bool:
+        left = line
+
+        def trace(frame: Any, event: str, argument: object) -> Any:
+            nonlocal left
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            checkpoint.save(file, payload)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return left <= 0
+
+    line = 1
+    while interrupted_at(line):
+        line += 13
+        assert temporaries(tmp_path) == [], line
+        assert flat(checkpoint.load(file)["state"]).keys() == flat(kept).keys(), line
+    assert line > 500
 
 
 LIMITED = """

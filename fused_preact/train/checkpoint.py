@@ -92,37 +92,13 @@ def pack(trainer: Trainer, epoch: int, metrics: list[dict[str, float]]) -> dict[
     }
 
 
-class _Recorder:
-    """The file that ``torch.save`` writes to: keeps the OSError over which torch's own complaint is laid."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        """Torch asks for it; what stays in the buffer is flushed, and its error seen, by ``write_atomically``."""
-
-
 def save(path: Path, payload: dict[str, Any]) -> None:
     """Write ``payload`` so that ``path`` always holds a whole checkpoint."""
-
-    def write(file: BinaryIO) -> None:
-        recorder = _Recorder(file)
-        try:
-            torch.save(payload, cast(BinaryIO, recorder))
-        except Exception:
-            if recorder.error is not None:
-                raise recorder.error from None
-            raise
-
-    write_atomically(path, write)
+    # In memory first: where a write to a file fails or is interrupted, torch's writer goes on to complain of a wrong
+    # position, and that RuntimeError takes the place of the OSError or KeyboardInterrupt.
+    content = io.BytesIO()
+    torch.save(payload, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
 def load(path: str | Path) -> dict[str, Any]:
