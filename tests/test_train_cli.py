@@ -379,6 +379,24 @@ def test_interrupt_while_training(when: str, tmp_path: Path) -> None:
     assert temporaries(out) == []
 
 
+EXECUTED = """
+exec("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
+"""
+
+
+def test_interrupt_in_executed_text_has_the_same_status(tmp_path: Path) -> None:
+    """Dataclasses are such text; a KeyboardInterrupt in it makes Python kill itself at exit, caught or not."""
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").touch()
+    (tmp_path / "matplotlib" / "figure.py").write_text(EXECUTED)
+    out = tmp_path / "run"
+    process = start(*TRIAL, "--epochs", "1", "--out", str(out), first=[str(tmp_path)])
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert shown.startswith("\ninterrupted; the last finished epoch is in ")
+    assert shown.count("\n") == 2
+
+
 def test_an_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
     """As in ``sh -c 'python -m fused_preact.train &'``."""
     code = (
