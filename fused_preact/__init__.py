@@ -8,7 +8,7 @@
 Importing the package imports torch, no Triton, and touches no device.
 """
 
-from . import flops, functional, models
+from . import _interrupt, flops, functional, models  # noqa: F401 - _interrupt first: the next ones import torch
 from .convert import fuse, unfuse
 from .functional import Statistics
 from .inference import optimize_for_inference, undo_optimize_for_inference

@@ -18,6 +18,7 @@ PACKAGE = "fused_preact"
 # What each layer may import of the package; a layer stands below every one that it may import. "fused_preact"
 # is the package's __init__. Names in LAZY are imported inside functions only.
 LAW: dict[str, set[str]] = {
+    "_interrupt": set(),
     "kernels": set(),
     "reference": set(),
     "schedule": set(),
@@ -32,9 +33,18 @@ LAW: dict[str, set[str]] = {
     "models": {"modules", "functional"},
     "convert": {"modules"},
     "propagation": {"models"},
-    "fused_preact": {"functional", "modules", "models", "ops", "inference", "convert", "propagation"},
+    "fused_preact": {
+        "_interrupt",
+        "functional",
+        "modules",
+        "models",
+        "ops",
+        "inference",
+        "convert",
+        "propagation",
+    },
     "env": {"ops", "kernels", "fused_preact"},
-    "train": {"models", "fused_preact"},
+    "train": {"_interrupt", "models", "fused_preact"},
     "tune": {"models", "ops", "reference", "kernels", "fused_preact"},
 }
 LAZY = {"kernels"}

@@ -15,7 +15,11 @@ __all__ = ["backend"]
 
 
 def backend(
-    graph: fx.GraphModule, example_inputs: list[Tensor], *, options: dict[str, Any] | None = None, **kwargs: Any
+    graph: fx.GraphModule,
+    example_inputs: list[Tensor],
+    *,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Callable[..., Any]:
     """Compile ``graph`` with its sites, units and head fused; the backend of the same name for ``torch.compile``.
 
@@ -27,7 +31,9 @@ def backend(
     then = options.pop("then", "inductor")
     known = torch.compiler.list_backends(exclude_tags=None)
     if then not in known or then == "fused_preact":
-        raise ValueError(f"options['then']: got {then!r}, allowed are {', '.join(n for n in known if n != 'fused_preact')}")
+        raise ValueError(
+            f"options['then']: got {then!r}, allowed are {', '.join(n for n in known if n != 'fused_preact')}"
+        )
     rewrite(graph.graph, match(graph.graph, graph.get_submodule))
     graph.recompile()
     if options:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import observed
+from ..modules import Folded
 from .analysis import analyse, modes, put
 from .program import Program, structure_of
+from .runtime import UnitCall
 from .tracing import Untraceable
 from .verify import verify
 
@@ -34,10 +36,22 @@ class FusedForward:
         self.inline = inline
         self.programs: dict[Any, list[Program]] = {}
         self.runs: dict[tuple[int, bool], Any] = {}
+        self.folded: Folded | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs belong to the modules of this process; a copy traces its own.
-        return {"owner": self.owner, "inline": self.inline, "programs": {}, "runs": {}}
+        return {**self.__dict__, "programs": {}, "runs": {}}
+
+    @property
+    def matches(self) -> int:
+        """How many fused calls there are in the present state of the module, called with one tensor."""
+        program = self.program(1, (True,), {})
+        return 0 if program is None else program.matches
+
+    def unit(self) -> UnitCall | None:
+        """What the module computes with if it is now one residual unit and nothing else, else None."""
+        program = self.program(1, (True,), {})
+        return None if program is None else program.unit(self.owner)
 
     def written(self, *args: Any, **kwargs: Any) -> Any:
         """The forward as it was written."""
@@ -51,6 +65,10 @@ class FusedForward:
             tensors: Any = args
         else:
             key, tensors, _ = structure_of(args, kwargs)
+        if self.folded is not None and key == 1:
+            output = self.folded(args[0])
+            if output is not None:
+                return output
         if not tensors or observed(tensors[0]):
             return self.written(*args, **kwargs)
         program = self.program(key, args, kwargs)

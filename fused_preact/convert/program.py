@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..calls import has_hooks, is_batch_norm, is_convolution, runs
 from .match import Found, match
 from .rewrite import rewrite
 from .roles import _FORWARDS
+from .runtime import ChainCall, UnitCall
 from .tracing import Structure, Traced, trace
 
 __all__ = ["Program", "structure_of"]
@@ -42,9 +44,18 @@ class Program:
         found = match(traced.graph, traced.module)
         self.matches = len(found.chains) + len(found.heads)
         self._watch(owner, traced, found)
+        self._unit: tuple[ChainCall, list[str | None]] | None = None
         if self.matches:
             rewrite(traced.graph, found)
             self.run = _compiled(traced)
+            self._unit = _whole(traced)
+
+    def unit(self, owner: nn.Module) -> UnitCall | None:
+        """What ``owner`` computes with if it is one residual unit and nothing else, else None."""
+        if self._unit is None:
+            return None
+        call, paths = self._unit
+        return call.unit(tuple(None if path is None else operator.attrgetter(path)(owner) for path in paths))
 
     def _watch(self, owner: nn.Module, traced: Traced, found: Found) -> None:
         """Note what the graph was made of.
@@ -111,6 +122,22 @@ class Program:
             and all(runs(m, forward) for m, forward in self._plain)
             and all((d.get(name) is None) is none for d, name, none in self._held)
         )
+
+
+def _whole(traced: Traced) -> tuple[ChainCall, list[str | None]] | None:
+    """The call and the paths of what it is given, where the rewritten graph is one residual unit of one tensor."""
+    nodes = [node for node in traced.graph.nodes if node.op != "get_attr"]
+    if [node.op for node in nodes] != ["placeholder", "call_function", "output"]:
+        return None
+    x, made, output = nodes
+    call = getattr(made.target, "call", None)
+    if not isinstance(call, ChainCall) or call.shortcut not in ("identity", "activation", "projection"):
+        return None
+    given = made.args[2:]
+    known = all(node is None or (isinstance(node, Node) and node.op == "get_attr") for node in given)
+    if made.args[0] is not x or output.args[0] is not made or not known:
+        return None
+    return call, [node.target if isinstance(node, Node) else None for node in given]
 
 
 def _compiled(traced: Traced) -> Callable[..., Any]:

@@ -57,6 +57,14 @@ class ConvSource(NamedTuple):
         return conv._replace(padding=(rows + self.pad[0], columns + self.pad[1]))
 
 
+class UnitCall(NamedTuple):
+    """A chain's BNs, convolutions and projection; ``activation``: the latter passes the activation on."""
+
+    sites: list[tuple[BatchNorm, Convolution]]
+    projection: Convolution | None
+    activation: bool
+
+
 class ChainCall(NamedTuple):
     """A chain of sites with its shortcut: called with x, the residual (or None) and what the sources name."""
 
@@ -70,8 +78,18 @@ class ChainCall(NamedTuple):
     hands_on: bool
     """Whether a BN may read the output."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None, *given: Given) -> Tensor:
+    def unit(self, given: tuple[Given, ...]) -> UnitCall:
+        """What the chain computes with."""
         sites = [(norm.of(given), conv.of(given)) for norm, conv in self.sites]
+        projection = None if self.projection is None else self.projection.of(given)
+        if self.shortcut == "activation":
+            projection = Convolution(
+                _identity(sites[0][1].weight.shape[1] * sites[0][1].groups, sites[0][1].weight)
+            )
+        return UnitCall(sites, projection, self.shortcut == "activation")
+
+    def __call__(self, x: Tensor, residual: Tensor | None, *given: Given) -> Tensor:
+        sites, projection, _ = self.unit(given)
         first = sites[0][0]
         statistics = _statistics(x) if first.batch_stats else None
         if self.shared and first.batch_stats:
@@ -79,9 +97,6 @@ class ChainCall(NamedTuple):
             if not self.updates:
                 first = first._replace(running_mean=None, running_var=None, num_batches_tracked=None)
                 sites[0] = first, sites[0][1]
-        projection = None if self.projection is None else self.projection.of(given)
-        if self.shortcut == "activation":
-            projection = Convolution(_identity(x, sites[0][1].weight))
         identity = self.shortcut == "identity"
         wanted = self.hands_on and any(bn.training for bn, _ in sites)
         try:
@@ -145,9 +160,9 @@ def _computed(x: Tensor) -> Statistics | None:
     return found
 
 
-def _identity(x: Tensor, weight: Tensor) -> Tensor:
-    """The 1x1 convolution that passes ``x`` on, as weight."""
-    return torch.eye(x.shape[1], dtype=weight.dtype, device=weight.device)[:, :, None, None]
+def _identity(channels: int, weight: Tensor) -> Tensor:
+    """The 1x1 convolution that passes a tensor on, as weight."""
+    return torch.eye(channels, dtype=weight.dtype, device=weight.device)[:, :, None, None]
 
 
 Fused = Callable[..., Tensor]
@@ -160,6 +175,7 @@ def function_of(call: ChainCall | HeadCall) -> Fused:
         def fused_preact_chain(x: Tensor, residual: Tensor | None, *given: Given) -> Tensor:
             return call(x, residual, *given)
 
+        fused_preact_chain.call = call  # type: ignore[attr-defined]
         return fused_preact_chain
 
     def fused_preact_head(x: Tensor, *given: Given) -> Tensor:
