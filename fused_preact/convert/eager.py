@@ -96,7 +96,13 @@ class FusedForward:
 
     def program(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
         """The program for arguments of this form in the present state of the module, None where it runs as written."""
-        key = key, torch.is_grad_enabled()
+        # What a forward may set around a part of itself shows in its trace only where it makes a difference.
+        key = (
+            key,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch._C._is_any_autocast_enabled(),
+        )
         kept = self.programs.get(key, [])
         for program in kept:
             if program.valid():
@@ -145,11 +151,12 @@ def fuse(model: Model, example_input: Any = None) -> Model:
         raise TypeError(f"model: got {type(model).__name__}, allowed is a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model: got a scripted module, allowed is the torch.nn.Module that it was made of")
-    for name, parameter in model.named_parameters():
-        if torch.nn.parameter.is_lazy(parameter):
-            raise ValueError(
-                f"model: got the uninitialised parameter {name!r}, allowed is a model that has run once"
-            )
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if torch.nn.parameter.is_lazy(tensor):
+                raise ValueError(
+                    f"model: got the uninitialised {kind} {name!r}, allowed is a model that has run once"
+                )
     unfuse(model)
     owners: dict[str, set[str]] = {}
     with modes(model) as every:

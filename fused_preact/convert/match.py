@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -107,6 +108,7 @@ class Values:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.roles = {node: role_of(node, modules) for node in graph.nodes}
         self.writes = {node: written_operand(node, modules) for node in graph.nodes}
+        self.norms = [role for role in self.roles.values() if isinstance(role, Normalise)]
         self.readers: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
         self._read: dict[tuple[Node, Node], Node] = {}
         self._family: dict[Node, Node] = {}
@@ -135,7 +137,7 @@ class Values:
 
     def operands(self, node: Node, value: Node) -> list[Node]:
         """The names under which ``node`` reads ``value``."""
-        return [operand for operand in node.all_input_nodes if self._read[node, operand] is value]
+        return [operand for operand in node.all_input_nodes if self._read.get((node, operand)) is value]
 
     def _root(self, node: Node) -> Node:
         while node in self._family:
@@ -157,6 +159,22 @@ class Values:
             and self._root(written) is family
             for node, written in self.writes.items()
         )
+
+    def overtaken(self, norms: list[Normalise], end: Node) -> bool:
+        """Whether the statistics of one of ``norms``, run at ``end``, would be updated after a later call's."""
+        return any(
+            self.order[norm.node] < self.order[other.node] < self.order[end]
+            and other not in norms
+            and self._statistics(other) == self._statistics(norm)
+            for norm in norms
+            for other in self.norms
+        )
+
+    def _statistics(self, norm: Normalise) -> Any:
+        """What tells a norm's running statistics from another's."""
+        if norm.module is not None:
+            return id(norm.module)
+        return [None if node is None else (node.op, node.target) for node in norm.tensors[:2]]
 
     def private(self, write: Node, written: Node) -> bool:
         """Whether nobody could tell if ``write`` made a new tensor instead: no view of ``written`` is read after it,
@@ -288,6 +306,8 @@ def _undisturbed(sites: list[Site], values: Values, left: list[Left]) -> Iterato
                 left.append(Left(site.conv.node, reason))
             elif values.written_between(site.x, site.norm.node, site.conv.node, own):
                 left.append(Left(site.conv.node, "its input is written to in between"))
+            elif values.overtaken([site.norm], site.conv.node):
+                left.append(Left(site.conv.node, "its normalisation is called again in between"))
             else:
                 yield site
 
@@ -348,6 +368,8 @@ def _free(chain: Chain, taken: set[Node], values: Values) -> bool:
     own = set(chain.nodes())
     begin, end = chain.sites[0].norm.node, chain.last
     if values.written_between(chain.x, begin, end, own):
+        return False
+    if values.overtaken([site.norm for site in chain.sites], end):
         return False
     residual = chain.residual
     return residual is None or not values.written_between(residual, residual, end, own)

@@ -166,7 +166,6 @@ def _context() -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices],
         torch._C._autograd._top_saved_tensors_default_hooks(True),
-        torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
     )
 
