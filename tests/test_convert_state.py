@@ -1263,6 +1263,27 @@ def test_autocast_with_a_float32_shortcut() -> None:
         assert model(x).dtype == plain(x).dtype == torch.float32
 
 
+class Body(Probe):
+    """Returns its first activation too, which only some callers want."""
+
+    def forward(self, x: Tensor) -> Any:
+        a = F.relu(self.bn(x))
+        return self.conv2(F.relu(self.bn2(self.conv(a)))), a
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_what_a_child_returns_and_nobody_reads(wanted: bool) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y, a = self.run(x)
+        return y * 2 + a if wanted else y * 2
+
+    model = probe(forward)
+    model.run = awkward(Body(None))
+    plain, model = pair(model)
+    assert_same_step(plain, model, four())
+    assert counts(model, four())[0] == (1 if wanted else 2)
+
+
 def test_a_context_inside_counts_in_every_context() -> None:
     """What a forward sets around a part of itself, called where it makes no difference and where it does."""
     plain, model = pair(probe(_no_autocast).float())

@@ -69,12 +69,36 @@ class Analysis:
         found: dict[str, set[str]] = {}
         for part in self.parts:
             passing = part.passing()
+            rows: dict[tuple[str, ...], list[Chain | Head]] = {}
             for m in (*part.found.chains, *part.found.heads):
-                row = part.owner(m)
+                rows.setdefault(part.owner(m), []).append(m)
+            while rows:
+                row = max(rows, key=len)
+                matches = rows.pop(row)
                 owner = row[-1] if row else ""
-                inner = {path for path in passing if not owner or path.startswith(f"{owner}.")}
-                found.setdefault(part.full(owner), set()).update(map(part.full, part.callers(m) | inner))
+                inline = {path for m in matches for path in part.callers(m)}
+                inline |= {path for path in passing if not owner or path.startswith(f"{owner}.")}
+                if row and not _suffices(part.traced, owner, inline, matches):
+                    rows.setdefault(row[:-1], []).extend(matches)
+                else:
+                    found.setdefault(part.full(owner), set()).update(map(part.full, inline))
         return found
+
+
+def _suffices(whole: Traced, owner: str, inline: set[str], matches: list[Chain | Head]) -> bool:
+    """Whether the owner's own trace shows the matches: what it returns may look needed there, and not be."""
+    inner = {id(whole.module(path)) for path in inline}
+    module = whole.module(owner)
+    try:
+        traced = trace(module, None, lambda m: id(m) in inner)
+    except Untraceable:
+        return True  # not with these arguments
+    found = match(traced.graph, traced.module)
+    return _size([*found.chains, *found.heads]) >= _size(matches)
+
+
+def _size(matches: list[Chain | Head]) -> int:
+    return sum(len(m.nodes()) for m in matches)
 
 
 def analyse(model: nn.Module) -> Analysis:
