@@ -17,7 +17,7 @@ from .match import Found, match
 from .rewrite import rewrite
 from .roles import _FORWARDS
 from .runtime import ChainCall, UnitCall
-from .tracing import Structure, Traced, trace
+from .tracing import Structure, Traced, asserts_images, trace
 
 __all__ = ["Program", "structure_of"]
 
@@ -126,7 +126,12 @@ class Program:
 
 def _whole(traced: Traced) -> tuple[ChainCall, list[str | None]] | None:
     """The call and the paths of what it is given, where the rewritten graph is one residual unit of one tensor."""
-    nodes = [node for node in traced.graph.nodes if node.op != "get_attr"]
+    asserted = {node for node in traced.graph.nodes if asserts_images(node)}
+    asserted |= {
+        operand for node in asserted for eq in node.all_input_nodes for operand in (eq, *eq.all_input_nodes)
+    }
+    asserted -= {node for node in asserted if node.op == "placeholder"}
+    nodes = [node for node in traced.graph.nodes if node.op != "get_attr" and node not in asserted]
     if [node.op for node in nodes] != ["placeholder", "call_function", "output"]:
         return None
     x, made, output = nodes
