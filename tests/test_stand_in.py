@@ -1,7 +1,7 @@
 """A fused call stands in for its children only where nobody could tell: one table of cases.
 
-What may be done to a child, in every place where calls are fused, in training and in evaluation: the numbers are those
-of the same modules run one by one, and whoever listens hears as many calls.
+What may be done to a child, in every place where calls are fused, in training and in evaluation: the numbers are
+those of the same modules run one by one, and whoever listens hears as many calls.
 """
 
 from __future__ import annotations
