@@ -80,18 +80,13 @@ def test_statistics_of_a_constant_that_rounding_made(dtype):
 
 @BACKENDS
 @pytest.mark.parametrize("far", [1e2, -1e4])
-@pytest.mark.parametrize("where", ["first-pixels", "first", "last", "scattered"])
+@pytest.mark.parametrize("where", ["first", "scattered"])
 @pytest.mark.parametrize("shape", [(1, 1, 90, 91), (2, 17, 40, 40)], ids=str)
 def test_outliers_hide_no_variance(backend, device, far, where, shape):
     k = ops.table(backend, torch.empty(0, device=device))
     x = torch.randn(shape)
     rows = x.permute(0, 2, 3, 1).reshape(-1, shape[1])
-    chosen = {
-        "first-pixels": slice(0, 8),
-        "first": slice(0, 1),
-        "last": slice(-1, None),
-        "scattered": slice(5, None, 1000),
-    }[where]
+    chosen = slice(0, 8) if where == "first" else slice(5, None, 1000)
     rows[chosen] += far
     x = image(rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2), device)
 
@@ -188,13 +183,12 @@ def test_forward_and_backward_recompute_one_mask(dtype, groups):
 
 @BACKENDS
 @FLOATS
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("channels", [5, 80])
-def test_with_running_statistics_dx_reads_no_x(backend, device, dtype, bad, channels):
+def test_with_running_statistics_dx_reads_no_x(backend, device, dtype, channels):
     """dx = s g, and not s g + 0 (x - mean): x may hold anything."""
     k = ops.table(backend, torch.empty(0, device=device))
     x, g = torch.randn(2, channels, 5, 4), torch.randn(2, channels, 5, 4)
-    x[0, 1, 2, 3] = x[1, channels - 1, 0, 0] = bad
+    x[0, 1, 2, 3], x[1, channels - 1, 0, 0], x[1, 3, 4, 3] = float("nan"), float("inf"), -float("inf")
     x, g = image(x.to(dtype), device), image(g.to(dtype), device)
     vectors = torch.randn(3, channels).to(device)
     mean, scale, rstd = vectors
@@ -256,8 +250,8 @@ def test_folded_unit_whose_first_rows_read_only_padding(kernel, dilation, thread
         torch.set_num_threads(before)
 
 
-# groups, C, K, (H, W), kernel, stride, padding, dilation: some tap reads nothing but padding. None with a single column
-# of outputs at a stride: in bf16 with AMX oneDNN itself is wrong there, whatever the padding (torch 2.13).
+# groups, C, K, (H, W), kernel, stride, padding, dilation: some tap reads nothing but padding. None with one column of
+# outputs at a stride: in bf16 with AMX oneDNN itself is wrong there, whatever the padding (torch 2.13).
 OUTSIDE = {
     "all-of-it": (2, 8, 2, (61, 1), (3, 1), (1, 2), (1, 1), (3, 2)),
     "no-groups": (1, 4, 16, (2, 1), (2, 1), (2, 3), (4, 2), (3, 2)),
