@@ -135,7 +135,8 @@ def test_constant_channel_is_normalised_as_plain_pytorch_does(backend, dtype, be
         if dtype == torch.float32:
             # PyTorch rounds as we do, but in channels_last its mean of a constant is off now and then.
             scale = value * 1e-5**-0.5
-            assert error[True] <= max(error[False], 2.0**-24 * scale), (value, error)
+            # Two roundings, of t and of the product, where the instruction set has no fused multiply and add.
+            assert error[True] <= max(error[False], 2.0**-23 * scale), (value, error)
         else:
             assert error[True] <= error[False], (value, error)
             assert error[True] == 0 or beta > 0, (value, error)
