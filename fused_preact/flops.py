@@ -26,7 +26,9 @@ def _convolution(weight: Sequence[int], output: Sequence[int]) -> int:
     return 2 * output[0] * math.prod(output[2:]) * math.prod(weight)
 
 
-def _fprop(x: Any, scale: Any, shift: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _fprop(
+    x: Any, scale: Any, shift: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
     return _convolution(weight, out_shape[0])
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -105,18 +106,19 @@ _CONSTANTS = (
     *("fused", "training", "eps", "padding_mode", "ceil_mode", "return_indices"),
     *("kernel_size", "stride", "padding", "dilation", "groups", "shortcut"),
 )
-_REPLACED = ("forward", "_conv_forward", "_check_input_dim", "_compiled_call_impl")
-"""What an instance may have in the place of its class's."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HELD = operator.itemgetter("_parameters", "_buffers", "_modules")
+_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _places(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return module._parameters, module._buffers, module._modules
+def _held(attributes: list[dict[str, Any]]) -> list[Any]:
+    """What the modules of these ``__dict__`` hold, read from there: somebody may have put another dictionary."""
+    return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, attributes)))))
 
 
 def _methods(classes: list[type[nn.Module]]) -> list[Any]:
     """What calls of modules of ``classes`` run, where somebody may have put something else."""
-    return [method for cls in classes for method in (cls.__call__, cls.forward)]
+    helpers = (nn.Conv2d._conv_forward, nn.BatchNorm2d._check_input_dim)
+    return [*helpers, *(method for cls in classes for method in (cls.__call__, cls._call_impl, cls.forward))]
 
 
 class _Watched:
@@ -124,23 +126,21 @@ class _Watched:
 
     def __init__(self, root: nn.Module) -> None:
         modules = list(root.modules())
-        self.hooks = [getattr(m, name) for m in modules if m is not root for name in _HOOKS]
         self.modules = modules
         self.types = list(map(type, modules))
         self.classes = [nn.Conv2d, nn.BatchNorm2d, *dict.fromkeys(self.types)]
         self.methods = _methods(self.classes)
+        self.attributes = [m.__dict__ for m in modules]
+        self.below = [m.__dict__ for m in modules if m is not root]
         # An attribute that comes to an instance later may stand before its class's.
-        self.children = [*(m._modules for m in modules), *(m.__dict__ for m in modules)]
-        self.counts = list(map(len, self.children))
-        places: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-            (d, tuple(d)) for m in modules for d in _places(m)
+        self.names = list(map(tuple, self.attributes))
+        self.objects = _held(self.attributes)
+        self.getters = [operator.itemgetter(*(n for n in _CONSTANTS if n in d)) for d in self.attributes]
+        self.constants = self._constants()
+        # An inference tensor counts no writes. It is in the lists above, and what it belongs to is not folded.
+        named = [
+            pair for pair in (*root.named_parameters(), *root.named_buffers()) if not pair[1].is_inference()
         ]
-        places += [(d, [name for name in _CONSTANTS if name in d]) for d in (m.__dict__ for m in modules)]
-        places += [(m.__dict__, _REPLACED[:1]) for m in modules]
-        self.places = [place for place, names in places for _ in names]
-        self.names = [name for _, names in places for name in names]
-        self.objects = list(map(dict.get, self.places, self.names))
-        named = [*root.named_parameters(), *root.named_buffers()]
         self.tensors = [t for name, t in named if not name.endswith("num_batches_tracked")]
         self.versions = [t._version for t in self.tensors]
         self.addresses = [t.data_ptr() for t in self.tensors]
@@ -149,18 +149,28 @@ class _Watched:
         self.on_cpu = all(t.device.type == "cpu" for t in self.tensors)
         self.bytes = self._bytes()
 
+    def heard(self) -> bool:
+        """Whether somebody listens to the calls of the modules, but for the root, whose call is what is asked for."""
+        return any(chain.from_iterable(map(_HOOKS, self.below)))
+
+    def _constants(self) -> list[Any]:
+        return [get(d) for get, d in zip(self.getters, self.attributes, strict=True)]
+
     def _bytes(self) -> Any:
         """Changes with what uncounted writes leave in the tensors: equal where there were none."""
-        return fingerprint(self.aliases) if self.on_cpu else None
+        return fingerprint(self.aliases) if self.on_cpu and self.aliases else None
 
     def unchanged(self) -> bool:
         """Whether every module, tensor and constant is the one it was, and no tensor has been written to.
 
         In whole lists, since it precedes each call: some thousand comparisons for ResNet-164.
         """
+        held = _held(self.attributes)
         return (
-            all(map(operator.is_, map(dict.get, self.places, self.names), self.objects))
-            and list(map(len, self.children)) == self.counts
+            len(held) == len(self.objects)
+            and all(map(operator.is_, held, self.objects))
+            and list(map(tuple, self.attributes)) == self.names
+            and self._constants() == self.constants
             and list(map(type, self.modules)) == self.types
             and _methods(self.classes) == self.methods
             and [t._version for t in self.tensors] == self.versions
@@ -201,7 +211,7 @@ class _Folded:
         if observed(x) or type(x) is not Tensor or x.dim() != 4 or x.numel() == 0:
             return None
         state = self._current()
-        if state is None or state.fold is None or any(state.watched.hooks):
+        if state is None or state.fold is None or state.watched.heard():
             return None
         fold = state.fold
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state.watched.tensors)):

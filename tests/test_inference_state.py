@@ -78,6 +78,25 @@ def _infer_mode(model: Any) -> None:
         model[0].bn2.running_mean.add_(1)
 
 
+def _assign_in_inference_mode(model: nn.Module) -> None:
+    """Leaves tensors that count no writes."""
+    with torch.inference_mode():
+        _assign(model)
+
+
+def _other_parameters(model: Any) -> None:
+    conv = model[1].conv2
+    conv._parameters = {"weight": nn.Parameter(conv.weight * 2), "bias": None}
+
+
+def _other_attribute(model: Any) -> None:
+    """In the place of one that nobody needs: the instance holds as many as before."""
+    conv = model[1].conv2
+    plain = conv._conv_forward
+    del conv.output_padding
+    conv._conv_forward = lambda x, weight, bias: plain(x, 2 * weight, bias)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "load_state_dict": _load,
     "load_state_dict-assign": _assign,
@@ -93,6 +112,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "batch-norm": lambda m: setattr(m[1], "bn2", nn.BatchNorm2d(8, track_running_stats=False).eval()),
     "unit-added": lambda m: m.append(PreActBottleneck(32, 32).eval()),
     "foreign-added": lambda m: m.append(nn.Hardtanh(-0.1, 0.1)),
+    "inference-mode-assign": _assign_in_inference_mode,
+    "parameters-swapped": _other_parameters,
+    "attribute-swapped": _other_attribute,
     "plain": lambda m: setattr(m[0], "fused", False),
 }
 
@@ -108,6 +130,29 @@ def test_changes_are_seen(change: str) -> None:
     assert_within_policy("y", y, fresh(x), copy.deepcopy(fresh).double()(x.double()))
     if change not in ("dtype-and-back", "plain"):
         assert not torch.allclose(y, old, atol=1e-4), "the change shows"
+
+
+@pytest.mark.parametrize(
+    "place", ["1.bn2.running_var", "1.bn1.weight", "0.conv1.weight", "1.conv3.weight", "0.shortcut.weight"]
+)
+def test_plain_attributes_are_not_folded(place: str) -> None:
+    """As hypernetworks leave them: a tensor that is no parameter, another one or other numbers at each call."""
+    model: Any = awkward(PreActSequential(PreActBottleneck(16, 32, 2), PreActBottleneck(32, 32)))
+    *path, name = place.split(".")
+    owner = model.get_submodule(".".join(path))
+    tensor = getattr(owner, name).detach()
+    delattr(owner, name)
+    setattr(owner, name, tensor.clone())
+    x = torch.randn(2, 16, 7, 9)
+    optimize_for_inference(model)
+    for step in range(3):
+        y = model(x)
+        expected = undo_optimize_for_inference(copy.deepcopy(model))(x)
+        torch.testing.assert_close(y, expected, msg=f"step {step}")
+        if step == 0:
+            getattr(owner, name).mul_(2)
+        else:
+            setattr(owner, name, tensor * 3)
 
 
 @pytest.mark.parametrize("how", ["copy", "pickle"])

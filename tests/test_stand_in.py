@@ -1,11 +1,12 @@
 """A fused call stands in for its children only where nobody could tell: one table of cases.
 
-What may be done to a child, in every place where calls are fused, in training and in evaluation: the numbers are those
-of the same modules run one by one, and whoever listens hears as many calls.
+What may be done to a child, in every place where calls are fused, in training and in evaluation: the numbers are
+those of the same modules run one by one, and whoever listens hears as many calls.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -97,6 +98,35 @@ def _class_patched(owner: nn.Module, name: str, heard: Heard, stack: contextlib.
     had = "forward" in vars(cls)
     cls.forward = forward
     stack.callback(lambda: setattr(cls, "forward", plain) if had else delattr(cls, "forward"))
+
+
+def _replaced(method: str, where: str) -> Change:
+    """What ``forward`` or the call itself is made of, on the instance, its class or all modules."""
+
+    def change(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitStack) -> None:
+        child: Any = getattr(owner, name)
+        holder: Any = {"instance": child, "class": type(child), "modules": nn.Module}[where]
+        plain, kind = getattr(holder, method), type(child)
+
+        def call(*args: Any) -> Any:
+            if where != "instance" and type(args[0]) is not kind:
+                return plain(*args)
+            heard()
+            result = plain(*args)
+            return None if result is None else 2 * result
+
+        had = method in vars(holder)
+        setattr(holder, method, call)
+        stack.callback(lambda: setattr(holder, method, plain) if had else delattr(holder, method))
+
+    return change
+
+
+def _other_hooks(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitStack) -> None:
+    """Another dictionary of hooks, as one gets rid of all hooks at once."""
+    child = getattr(owner, name)
+    child._forward_hooks = collections.OrderedDict()
+    child.register_forward_hook(lambda module, args, y: (heard(), 2 * y)[1])
 
 
 def _call_patched(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitStack) -> None:
@@ -227,6 +257,10 @@ ANY: dict[str, Change] = {
     "forward-on-the-instance": _patched,
     "forward-on-the-class": _class_patched,
     "call-of-all-modules": _call_patched,
+    "inner-call-of-all-modules": _replaced("_call_impl", "modules"),
+    "inner-call-on-the-class": _replaced("_call_impl", "class"),
+    "inner-call-on-the-instance": _replaced("_call_impl", "instance"),
+    "other-hooks": _other_hooks,
     "compiled": _compiled,
     "sequential": _put(lambda child, heard: nn.Sequential(child)),
     "identity": _put(lambda child, heard: nn.Identity()),
@@ -236,6 +270,8 @@ NORM: dict[str, Change] = {
     "instance-norm": _put(lambda bn, heard: nn.InstanceNorm2d(bn.num_features)),
     "frozen": _put(lambda bn, heard: _like(bn, _Frozen)),
     "check-overridden": _put(lambda bn, heard: _like(bn, _Any)),
+    "check-on-the-class": _replaced("_check_input_dim", "class"),
+    "check-on-the-instance": _replaced("_check_input_dim", "instance"),
     "call-overridden": _put(lambda bn, heard: _like(bn, _Called)),
 }
 NORM_FUSED: dict[str, Change] = {
@@ -255,6 +291,8 @@ NORM_FUSED: dict[str, Change] = {
 CONV: dict[str, Change] = {
     "standardised": _put(lambda conv, heard: _conv_like(conv, _Standardised)),
     "convolve-overridden": _put(lambda conv, heard: _conv_like(conv, _Convolved)),
+    "convolve-on-the-class": _replaced("_conv_forward", "class"),
+    "convolve-on-the-instance": _replaced("_conv_forward", "instance"),
     "wrapped": _put(lambda conv, heard: _Adapted(conv, heard)),
     "reflected": _put(lambda conv, heard: _conv_like(conv, padding_mode="reflect")),
     "reflected-later": _set(padding_mode="circular"),
@@ -350,7 +388,9 @@ def made(place: str, change: Change, fused: bool, training: bool, stack: Any, af
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.fixture
@@ -590,7 +630,9 @@ def test_functions_under_transforms() -> None:
         return F.conv2d(F.relu(F.batch_norm(t, mean, var)), weight)
 
     for name in ("grad", "jvp", "vmap"):
-        torch.testing.assert_close(TRANSFORMS[name](ours, x), TRANSFORMS[name](plain, x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            TRANSFORMS[name](ours, x), TRANSFORMS[name](plain, x), rtol=1e-3, atol=1e-3
+        )
 
 
 class Tagged(Tensor):
