@@ -237,7 +237,20 @@ def fingerprint(tensors: list[Tensor]) -> Any:
     """Something that differs where the bytes of the CPU tensors do: vectors whole, larger ones in some places."""
     if ops.compiled_for_cpu():
         return torch.ops.fused_preact.fingerprint(tensors)
-    return [t.flatten()[:: 1 if t.dim() < 2 else max(t.numel() // 128, 1)].tolist() for t in tensors]
+    return [_some(t) for t in tensors]
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _some(t: Tensor) -> list[int]:
+    """Elements of ``t`` as integers, so that NaN is equal to itself: all of a vector, some 128 of what is larger."""
+    if t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last):
+        memory = t.as_strided((t.numel(),), (1,))  # flatten would copy the second kind
+    else:
+        memory = t.flatten()
+    step = 1 if t.dim() < 2 else max(t.numel() // 128, 1)
+    return memory[::step].view(_INTEGERS[t.element_size()]).tolist()
 
 
 # --- running ----------------------------------------------------------------------------------------------
