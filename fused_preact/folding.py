@@ -71,11 +71,10 @@ def _is_plain(module: Any) -> bool:
     Nor may a tensor be a plain attribute: it is not among the parameters and buffers that are looked at for writes.
     """
     if type(module) is nn.BatchNorm2d:
-        names = ("weight", "bias", "running_mean", "running_var")
         plain = is_batch_norm(module)
     else:
-        names = ("weight", "bias")
         plain = type(module) is nn.Conv2d and is_convolution(module)
+    names = ("weight", "bias", "running_mean", "running_var")
     return plain and not any(name in module.__dict__ for name in names)
 
 
