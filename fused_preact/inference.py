@@ -45,10 +45,10 @@ def optimize_for_inference(model: Model) -> Model:
 
     As before run: training mode, calls that record gradients, ``torch.compile`` (which traces the unfolded model),
     ``torch.func`` transforms and tracers, hooks on a unit's children or on all modules, children that do something
-    else than PyTorch's BatchNorm2d and Conv2d, parametrised weights, BNs without running statistics, and
-    ``PreActConv2d``, which has nothing to fold. Under autocast the input is cast as always, and the CPU kernels keep
-    the folded weights in float32. On a CPU a chain of units is one operation, in which each thread takes its images
-    through all units, and so is a stem; elsewhere each convolution is one.
+    else than PyTorch's BatchNorm2d and Conv2d, parametrised weights, tensors that are plain attributes, BNs without
+    running statistics, and ``PreActConv2d``, which has nothing to fold. Under autocast the input is cast as always,
+    and the CPU kernels keep the folded weights in float32. On a CPU a chain of units is one operation, in which each
+    thread takes its images through all units, and so is a stem; elsewhere each convolution is one.
 
     Raises TypeError where ``model`` is no module and ValueError where it holds none of our units.
     """

@@ -374,6 +374,31 @@ def test_every_byte_of_a_small_weight_counts(shape: tuple[int, ...], fingerprint
         assert folding.fingerprint([weight]) != before, index
 
 
+@pytest.mark.parametrize("shape", [(16, 16, 3, 3), (5, 40, 1, 1), (33, 100)], ids=str)
+def test_every_seventh_of_a_weight_counts(shape: tuple[int, ...], fingerprints: str) -> None:
+    """A write of that much memory in one piece, wherever it begins."""
+    weight = torch.randn(shape)
+    memory = weight.view(-1).view(torch.uint8)
+    before = folding.fingerprint([weight])
+    length = (memory.numel() - 64) // 7 + 1
+    for start in [*range(0, memory.numel() - length, 36), memory.numel() - length]:
+        memory[start : start + length] ^= 0x10
+        assert folding.fingerprint([weight]) != before, start
+        memory[start : start + length] ^= 0x10
+    assert folding.fingerprint([weight]) == before
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 2, 1, 1), (2, 11), (0,), (9, 16, 1, 1)], ids=str)
+def test_what_lies_beside_does_not_count(shape: tuple[int, ...], fingerprints: str) -> None:
+    whole = torch.randn(400)
+    count = torch.Size(shape).numel()
+    inside = whole[100 : 100 + count].view(shape)
+    before = folding.fingerprint([inside])
+    whole[:100] += 1
+    whole[100 + count :] += 1
+    assert folding.fingerprint([inside]) == before
+
+
 SHAPES = [(129,), (7, 33), (5, 16, 3, 3), (16, 5, 1, 1), (64, 32, 3, 3), (1, 1, 40, 40), (300, 1, 1, 1)]
 
 
