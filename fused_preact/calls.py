@@ -74,12 +74,19 @@ def observed(input: Any) -> bool:
     if torch.compiler.is_compiling():
         return False
     call = nn.Module.__call__
-    # make_fx notes in which module an operation ran, and needs no other calls for that.
     return (
-        transforming()
-        or (call is not _CALL and call.__module__ != "torch.fx._symbolic_trace")
-        or nn.Module._call_impl is not _CALL_IMPL
+        transforming() or (call is not _CALL and not _of_fx(call)) or nn.Module._call_impl is not _CALL_IMPL
     )
+
+
+def _of_fx(call: Callable[..., Any]) -> bool:
+    """Whether tracers of ``torch.fx`` put ``call`` there. Of ours only make_fx's gets to that question.
+
+    It notes in which module an operation ran, and needs no other calls for that. The function's ``__module__`` is
+    that of what it wraps.
+    """
+    scope: dict[str, Any] = getattr(call, "__globals__", {})
+    return scope.get("__name__") == "torch.fx._symbolic_trace"
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -213,6 +213,10 @@ def _conv_like(conv: Any, kind: Any = nn.Conv2d, **kwargs: Any) -> nn.Conv2d:
     return kind(*sizes, **arguments)
 
 
+def _sized_like(conv: Any, kernel: Any, **kwargs: Any) -> nn.Conv2d:
+    return nn.Conv2d(conv.in_channels, conv.out_channels, kernel, bias=conv.bias is not None, **kwargs)
+
+
 class _Adapted(nn.Module):
     """A wrapped convolution, as low-rank adapters are."""
 
@@ -296,6 +300,7 @@ CONV: dict[str, Change] = {
     "wrapped": _put(lambda conv, heard: _Adapted(conv, heard)),
     "reflected": _put(lambda conv, heard: _conv_like(conv, padding_mode="reflect")),
     "reflected-later": _set(padding_mode="circular"),
+    "same-uneven": _put(lambda conv, heard: _sized_like(conv, (2, 4), padding="same")),
     "pruned": _pruned,
 }
 CONV_FUSED: dict[str, Change] = {
@@ -303,6 +308,8 @@ CONV_FUSED: dict[str, Change] = {
     "property": _put(lambda conv, heard: _conv_like(conv, _Property)),
     "weight-norm": _parametrised,
     "bias": _put(lambda conv, heard: _conv_like(conv, bias=True)),
+    "same": _put(lambda conv, heard: _sized_like(conv, (3, 2), padding="same", dilation=(1, 2))),
+    "valid": _put(lambda conv, heard: _sized_like(conv, 1, padding="valid")),
 }
 SHORTCUT: dict[str, Change] = {
     "average": _put(lambda conv, heard: nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(6, 9, 1))),
@@ -616,6 +623,19 @@ def test_transforms_in_training(transform: str) -> None:
     )
     for (key, a), b in zip(fused.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=key)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_make_fx_keeps_the_operations(name: str) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    module = _plain_and_fused(name)[1].requires_grad_(False)
+    x = torch.randn(3, 6, 8, 6)
+    traced = make_fx(module)(x)
+    called = {str(node.target) for node in traced.graph.nodes}
+    assert any(target.startswith("fused_preact.conv_fprop") for target in called)
+    assert "aten.relu.default" not in called
+    torch.testing.assert_close(traced(x), module(x))
 
 
 def test_functions_under_transforms() -> None:
