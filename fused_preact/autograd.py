@@ -2,6 +2,9 @@
 
 One Function serves a single site and a whole residual unit (:mod:`fused_preact.schedule`), a second one the
 network's head. Saved are the raw inputs of the sites, per-channel vectors and the parameters.
+
+The closed-form backward is not differentiable itself: with ``create_graph=True`` the gradients are those of the same
+unit composed of PyTorch's operations (:mod:`composite`), made again from what is saved.
 """
 
 from __future__ import annotations
@@ -12,33 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import composite, ops
+from .arguments import BatchNorm, Convolution
 from .schedule import SiteSaved, SiteTensors, Unit, UnitNeeds, unit_backward, unit_forward
 
 __all__ = ["HeadFunction", "UnitFunction"]
 
 Update = Callable[[Sequence[Tensor]], None] | None
 """Takes the statistics that a forward has made; None where its caller takes them from the results."""
-
-
-class _NoDoubleBackward(torch.autograd.Function):
-    """Identity on gradients that raises when somebody differentiates through them."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "fused_preact: double backward (create_graph=True) is not implemented for the fused operations; "
-            "use the plain model (fused=False) where second derivatives are needed"
-        )
-
-
-def _forbid_double_backward(grads: tuple[Any, ...], *sources: Tensor | None) -> tuple[Any, ...]:
-    """Tie ``grads`` to what they depend on, so that a second differentiation fails instead of being wrong."""
-    return _NoDoubleBackward.apply(len(grads), *grads, *sources)
 
 
 class UnitFunction(torch.autograd.Function):
@@ -70,10 +54,14 @@ class UnitFunction(torch.autograd.Function):
             update(made)  # type: ignore[arg-type]
 
         ctx.unit, ctx.backend, ctx.memo = unit, backend, memo
+        # For a differentiable backward, which Dynamo has not: gamma, beta and bias of each site, the projection's bias.
+        # Not saved as the others are: plain PyTorch does not mind that a bias has changed meanwhile.
+        end = 4 + 4 * count
+        vectors = tensors[3], tensors[4:end:4], tensors[5:end:4], tensors[7:end:4]
+        ctx.vectors = None if torch.compiler.is_compiling() else vectors
         # Of gamma, beta and the biases backward knows all it needs from ``needs_input_grad`` and their dtypes.
         ctx.dtypes = [
-            tuple(None if t is None else t.dtype for t in tensors[i : i + 2])
-            for i in range(4, 4 + 4 * count, 4)
+            tuple(None if t is None else t.dtype for t in tensors[i : i + 2]) for i in range(4, end, 4)
         ]
         ctx.save_for_backward(*rest[:kept])
         ctx.mark_non_differentiable(*made)
@@ -88,23 +76,50 @@ class UnitFunction(torch.autograd.Function):
             return (None,) * (8 + 6 * count)
         kept = ctx.saved_tensors
         asked = ctx.needs_input_grad[4:]
-        arguments = (
-            ops.table(ctx.backend, dy),
-            ctx.memo,
-            asked,
-            _backward,
-            (unit, ctx.dtypes, asked),
-            (dy, *kept),
-        )
-        differentiated = torch.is_grad_enabled()  # create_graph=True
-        if differentiated:
-            with torch.no_grad():
-                result = tuple(ops.run(*arguments))
+        if torch.is_grad_enabled():  # create_graph=True
+            result = _differentiable(unit, ctx.vectors, kept, dy, asked)
         else:
-            result = tuple(ops.run(*arguments))
-        if differentiated:
-            result = _forbid_double_backward(result, dy, kept[1], *kept[6::6])
+            k = ops.table(ctx.backend, dy)
+            constants = unit, ctx.dtypes, asked
+            result = ops.run(k, ctx.memo, asked, _backward, constants, (dy, *kept))
         return (None, None, None, None, *result, *(None,) * (2 * count))
+
+
+def _differentiable(
+    unit: Unit, vectors: Any, kept: Sequence[Tensor | None], dy: Tensor, asked: Sequence[bool]
+) -> list[Tensor | None]:
+    """What :func:`_backward` returns, as a function that can be differentiated again."""
+    projection_bias, gammas, betas, biases = vectors
+    projection_weight, x, *rest = kept
+    assert x is not None
+    sites, inputs = [], [x, None, projection_weight, projection_bias]
+    for index, (site, gamma, beta, bias) in enumerate(zip(unit.sites, gammas, betas, biases, strict=True)):
+        mean, _, _, rstd, weight = rest[6 * index : 6 * index + 5]
+        assert mean is not None
+        assert rstd is not None
+        assert weight is not None
+        running = (None, None) if site.batch_stats else (mean, rstd.pow(-2) - site.eps)
+        bn = BatchNorm(gamma, beta, *running, None, site.batch_stats, 0.0, site.eps)
+        sites.append((bn, Convolution(weight, bias, *site.conv)))
+        inputs += [gamma, beta, weight, bias]
+    projection = None
+    if projection_weight is not None and unit.projection is not None:
+        projection = Convolution(projection_weight, projection_bias, *unit.projection)
+    y = composite.unit(x, sites, projection, unit.identity, None)
+    grads = _gradients(y, inputs, dy, asked)
+    grads[1] = dy if asked[1] else None  # the residual's
+    return grads
+
+
+def _gradients(
+    y: Tensor, inputs: Sequence[Tensor | None], dy: Tensor, asked: Sequence[bool]
+) -> list[Tensor | None]:
+    """Differentiable gradients of ``y`` with respect to those ``inputs`` that are ``asked`` for."""
+    wanted = [t if needed else None for t, needed in zip(inputs, asked, strict=False)]
+    found = iter(
+        torch.autograd.grad(y, [t for t in wanted if t is not None], dy, create_graph=True, allow_unused=True)
+    )
+    return [None if t is None else next(found) for t in wanted]
 
 
 def _forward(k: Any, unit: Unit, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -168,26 +183,28 @@ class HeadFunction(torch.autograd.Function):
         if update is not None:
             update(made)
         scale, shift, rstd = k.bn_scale_shift(mean, var, gamma, beta, eps)
-        ctx.batch_stats, ctx.backend = batch_stats, backend
+        ctx.batch_stats, ctx.backend, ctx.eps = batch_stats, backend, eps
         ctx.save_for_backward(x, mean, scale, shift, rstd, gamma, beta)
         return k.bn_relu_avg_pool(x, scale, shift), *made
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *unused: None) -> Any:
         x, mean, scale, shift, rstd, gamma, beta = ctx.saved_tensors
+        asked = ctx.needs_input_grad[4:7]
+        if torch.is_grad_enabled():  # create_graph=True
+            running = (None, None) if ctx.batch_stats else (mean, rstd.pow(-2) - ctx.eps)
+            bn = BatchNorm(gamma, beta, *running, None, ctx.batch_stats, 0.0, ctx.eps)
+            grads = _gradients(composite.bn_relu_avg_pool(x, bn), (x, gamma, beta), dy, asked)
+            return (None, None, None, None, *grads, None, None)
         k = ops.table(ctx.backend, x)
-        need_x, need_gamma, need_beta = ctx.needs_input_grad[4:7]
-        with torch.no_grad():
-            sum_g, sum_gx = k.bn_relu_avg_pool_reduce(dy, x, scale, shift, mean)
-            dgamma = (rstd * sum_gx).to(gamma.dtype) if need_gamma else None
-            dbeta = sum_g.to(beta.dtype) if need_beta else None
-            dx = None
-            if need_x:
-                dx = k.bn_relu_avg_pool_apply(dy, x, scale, shift, mean, rstd, sum_g, sum_gx, ctx.batch_stats)
-        grads: tuple[Any, ...] = (dx, dgamma, dbeta)
-        if torch.is_grad_enabled():
-            grads = _forbid_double_backward(grads, dy, x, gamma)
-        return (None, None, None, None, *grads, None, None)
+        need_x, need_gamma, need_beta = asked
+        sum_g, sum_gx = k.bn_relu_avg_pool_reduce(dy, x, scale, shift, mean)
+        dgamma = (rstd * sum_gx).to(gamma.dtype) if need_gamma else None
+        dbeta = sum_g.to(beta.dtype) if need_beta else None
+        dx = None
+        if need_x:
+            dx = k.bn_relu_avg_pool_apply(dy, x, scale, shift, mean, rstd, sum_g, sum_gx, ctx.batch_stats)
+        return (None, None, None, None, dx, dgamma, dbeta, None, None)
 
 
 def _pair(mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arguments import BatchNorm, Convolution
 
-__all__ = ["bn_relu_avg_pool", "unit"]
+__all__ = ["activated", "bn_relu_avg_pool", "unit"]
 
 
 def unit(
@@ -26,25 +26,24 @@ def unit(
     """The output of a unit, or with ``residual`` of a site, as in :mod:`functional`; updates running statistics."""
     added, y = x if identity else residual, x
     for index, (bn, conv) in enumerate(sites):
-        activated = F.relu(_normalised(y, bn))
+        a = activated(y, bn)
         if index == 0 and projection is not None:
-            added = F.conv2d(activated, *projection)
-        y = F.conv2d(activated, *conv)
+            added = F.conv2d(a, *projection)
+        y = F.conv2d(a, *conv)
     return y if added is None else y + added
 
 
 def bn_relu_avg_pool(x: Tensor, bn: BatchNorm) -> Tensor:
     """The output of :func:`functional.bn_relu_avg_pool2d`; updates running statistics."""
-    return F.relu(_normalised(x, bn)).mean((2, 3))
+    return activated(x, bn).mean((2, 3))
 
 
-def _normalised(x: Tensor, bn: BatchNorm) -> Tensor:
-    """What ``nn.BatchNorm2d.forward`` does."""
+def activated(x: Tensor, bn: BatchNorm) -> Tensor:
+    """ReLU of what ``nn.BatchNorm2d.forward`` returns; updates running statistics."""
     momentum = bn.momentum
     if bn.training and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(bn.num_batches_tracked)
-    return F.batch_norm(
-        x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.batch_stats, momentum or 0.0, bn.eps
-    )
+    running = bn.running_mean, bn.running_var
+    return F.relu(F.batch_norm(x, *running, bn.weight, bn.bias, bn.batch_stats, momentum or 0.0, bn.eps))

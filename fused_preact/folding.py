@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import ops
 from .calls import is_batch_norm, is_convolution, runs
 from .functional import BatchNorm, Convolution
-from .modules import IdentityProjection, Stem, _PreActUnit, is_identity_projection, takes_statistics
+from .modules import Stem, _PreActUnit, is_identity_projection, takes_statistics
 from .reference import bn_scale_shift, statistics_dtype
 
 _MAX_POOL = nn.MaxPool2d.forward  # as it was at import: see calls.py
@@ -40,28 +40,66 @@ class FoldedUnit(NamedTuple):
     """The stride of a shortcut that pads with zero channels; it has a projection too, for other backends."""
 
 
-def foldable_unit(unit: _PreActUnit) -> bool:
-    """Whether the unit is what its class says: plain children, running statistics, one dtype."""
+class UnitArguments(NamedTuple):
+    """A residual unit as its call has it: what its sites and its shortcut compute with."""
+
+    sites: list[tuple[BatchNorm, Convolution]]
+    projection: Convolution | None
+    padding: tuple[int, int] | None
+    """The stride of a shortcut that pads with zero channels, or passes the activation on; it is a projection too."""
+
+    def origins(self) -> list[Tensor]:
+        """The tensors that folded weights are made of."""
+        convs = [conv for _, conv in self.sites]
+        if self.projection is not None and self.padding is None:
+            convs.append(self.projection)
+        tensors = [t for bn, _ in self.sites for t in bn[:4]] + [t for conv in convs for t in conv[:2]]
+        return [t for t in tensors if t is not None]
+
+
+def arguments_of(unit: _PreActUnit) -> UnitArguments | None:
+    """The unit's arguments if it is what its class says, with plain children, and can be folded; else None."""
     sites = list(unit.sites())
     shortcut: Any = unit.shortcut
+    padded = shortcut is not None and is_identity_projection(shortcut)
     if (
         not unit.fused
         or not takes_statistics(unit)
         or type(unit).forward_with_statistics is not _PreActUnit.forward_with_statistics
         or not all(_is_plain(bn) and _is_plain(conv) for bn, conv in sites)
-        or not (shortcut is None or is_identity_projection(shortcut) or _is_plain(shortcut))
-        or any(bn.running_mean is None or bn.running_var is None for bn, _ in sites)
+        or not (shortcut is None or padded or _is_plain(shortcut))
     ):
-        return False
-    dtype = sites[0][1].weight.dtype
-    convolutions = [conv for _, conv in sites] + ([] if shortcut is None else [shortcut])
-    kinds = [(m, {dtype}) for m in convolutions]
-    kinds += [(bn, {dtype, statistics_dtype(dtype)}) for bn, _ in sites]
+        return None
+    projection = None
+    if padded:
+        projection = Convolution(shortcut.weight, stride=shortcut.stride)
+    elif shortcut is not None:
+        projection = Convolution.of(shortcut)
+    arguments = UnitArguments(
+        [(BatchNorm.of(bn), Convolution.of(conv)) for bn, conv in sites],
+        projection,
+        shortcut.stride if padded else None,
+    )
+    return arguments if foldable(arguments) else None
+
+
+def foldable(unit: UnitArguments) -> bool:
+    """Whether its BNs normalise with running statistics, and everything is of one dtype and one device."""
+    convs = [conv for _, conv in unit.sites] + ([] if unit.projection is None else [unit.projection])
+    like = unit.sites[0][1].weight
+    wide = statistics_dtype(like.dtype)
+    tensors = [(t, {like.dtype}) for conv in convs for t in (conv.weight, conv.bias)]
+    for bn, _ in unit.sites:
+        if bn.batch_stats:
+            return False
+        tensors += [(t, {like.dtype, wide}) for t in bn[:4]]
     return all(
-        type(t) in (Tensor, nn.Parameter) and not t.is_inference() and t.dtype in allowed
-        for module, allowed in kinds
-        for t in (*module.parameters(), *module.buffers())
-        if t.dtype != torch.int64
+        type(t) in (Tensor, nn.Parameter)
+        and not t.is_inference()
+        and t.dtype in allowed
+        and t.device == like.device
+        for t, allowed in tensors
+        if t is not None
     )
 
 
@@ -111,10 +149,10 @@ def _constants(conv: Convolution) -> tuple[Any, ...]:
     return pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups
 
 
-def fold_unit(unit: _PreActUnit) -> FoldedUnit:
+def fold_unit(unit: UnitArguments) -> FoldedUnit:
+    """Copies of the unit's weights with every BN but the first in them."""
     affine, convs = [], []
-    for bn_module, conv_module in unit.sites():
-        bn, conv = BatchNorm.of(bn_module), Convolution.of(conv_module)
+    for bn, conv in unit.sites:
         wide = statistics_dtype(conv.weight.dtype)
         assert bn.running_mean is not None
         assert bn.running_var is not None
@@ -122,22 +160,19 @@ def fold_unit(unit: _PreActUnit) -> FoldedUnit:
             bn.running_mean.to(wide), bn.running_var.to(wide), bn.weight, bn.bias, bn.eps
         )
         affine.append((scale, shift))
-        bias = None if conv.bias is None else conv.bias.detach().to(wide)
-        convs.append(FoldedConv(conv.weight.detach().to(wide), bias, _constants(conv)))
+        convs.append(_wide(conv, wide))
     for index, (scale, shift) in enumerate(affine[1:]):
         weight, bias, constants = convs[index]
         convs[index] = FoldedConv(
             weight * scale[:, None, None, None], shift if bias is None else shift + scale * bias, constants
         )
-    projection, padding = None, None
-    if isinstance(unit.shortcut, nn.Conv2d):
-        conv = Convolution.of(unit.shortcut)
-        bias = None if conv.bias is None else conv.bias.detach().to(wide)
-        projection = FoldedConv(conv.weight.detach().to(wide), bias, _constants(conv))
-    elif isinstance(unit.shortcut, IdentityProjection):
-        padding = unit.shortcut.stride
-        projection = FoldedConv(unit.shortcut.weight.to(wide), None, (padding, (0, 0), (1, 1), 1))
-    return FoldedUnit(*affine[0], convs, projection, padding)
+    projection = None if unit.projection is None else _wide(unit.projection, wide)
+    return FoldedUnit(*affine[0], convs, projection, unit.padding)
+
+
+def _wide(conv: Convolution, dtype: torch.dtype) -> FoldedConv:
+    bias = None if conv.bias is None else conv.bias.detach().to(dtype)
+    return FoldedConv(conv.weight.detach().to(dtype), bias, _constants(conv))
 
 
 # --- the two ways to run ------------------------------------------------------------------------------------

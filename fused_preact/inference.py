@@ -18,7 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from .calls import has_hooks, observed, runs
-from .folding import fingerprint, fold_unit, foldable_stem, foldable_unit, run_chain, run_stem
+from .convert.analysis import modes, put
+from .convert.eager import FusedForward
+from .folding import (
+    UnitArguments,
+    arguments_of,
+    fingerprint,
+    fold_unit,
+    foldable,
+    foldable_stem,
+    run_chain,
+    run_stem,
+)
 from .functional import to_native_format
 from .modules import PreActSequential, Stem, _PreActUnit
 from .reference import memory_format_of
@@ -27,11 +38,13 @@ __all__ = ["optimize_for_inference", "undo_optimize_for_inference"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_IN_A_ROW = nn.Sequential.forward  # as it was at import: see calls.py
+
 
 def optimize_for_inference(model: Model) -> Model:
     """Let the units of ``model`` run with folded, prepacked weights where nobody needs a gradient; returns ``model``.
 
-    Takes effect in eval mode under ``torch.no_grad()`` or ``torch.inference_mode()``. Parameters, buffers and state
+    Units are ours, and the blocks of other models that :func:`fuse` made one call of. Takes effect in eval mode under ``torch.no_grad()`` or ``torch.inference_mode()``. Parameters, buffers and state
     dict stay as they are, training goes on as before, and :func:`undo_optimize_for_inference` removes it again. The
     copies take about the memory of the weights (in float32 on a CPU).
 
@@ -50,53 +63,79 @@ def optimize_for_inference(model: Model) -> Model:
     and the CPU kernels keep the folded weights in float32. On a CPU a chain of units is one operation, in which each
     thread takes its images through all units, and so is a stem; elsewhere each convolution is one.
 
-    Raises TypeError where ``model`` is no module and ValueError where it holds none of our units.
+    Raises TypeError where ``model`` is no module and ValueError where it holds no units.
     """
-    units = _units(model)
-    if not units:
-        raise ValueError(
-            f"model: got a {type(model).__name__} without residual units of fused_preact, allowed is a network "
-            "that holds some (PreActBasicBlock, PreActBottleneck)"
-        )
     undo_optimize_for_inference(model)
-    _install(model)
+    ours = any(isinstance(m, _PreActUnit) for m in model.modules())
+    with modes(model) as (_, *others):
+        for mode in others:
+            if not any(mode.values()):
+                put(mode)  # what can be folded is what the units are in evaluation
+        installed = _install(model)
+    if not (ours or installed):
+        raise ValueError(
+            f"model: got a {type(model).__name__} without residual units, allowed is a network that holds some: "
+            "fused_preact's (PreActBasicBlock, PreActBottleneck), or blocks that fused_preact.fuse(model) has made one"
+        )
     return model
 
 
 def undo_optimize_for_inference(model: Model) -> Model:
     """Drop what :func:`optimize_for_inference` added; returns ``model``. TypeError where it is no module."""
-    _units(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, allowed is a torch.nn.Module")
     for module in model.modules():
+        forward = module.__dict__.get("forward")
         if isinstance(module, (_PreActUnit, PreActSequential, Stem)):
             module._folded = None
+        elif isinstance(forward, FusedForward):
+            forward.folded = None
+            if type(module) is nn.Sequential and not forward.inline:
+                del module.__dict__["forward"]  # it was there for its units to be one chain
     return model
 
 
-def _units(model: Any) -> list[_PreActUnit]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, allowed is a torch.nn.Module")
-    return [m for m in model.modules() if isinstance(m, _PreActUnit)]
-
-
-def _install(module: nn.Module) -> None:
-    """Chains as long as possible: a sequence of foldable units is one, however it is nested."""
+def _install(module: nn.Module) -> bool:
+    """Chains as long as possible: a sequence of foldable units is one, however it is nested. Says if there are any."""
     chain = list(_leaves(module))
-    units = bool(chain) and all(isinstance(m, _PreActUnit) and foldable_unit(m) for m in chain)
-    if units or isinstance(module, Stem):
+    if isinstance(module, Stem) or (chain and all(_unit(m) is not None for m in chain)):
         slot: Any = module
-        slot._folded = _Folded(module)
-        return
-    for child in module.children():
-        _install(child)
+        if isinstance(module, (_PreActUnit, PreActSequential, Stem)):
+            slot._folded = _Folded(module)
+            return True
+        if "forward" not in module.__dict__:
+            slot.forward = FusedForward(module, [])
+        slot.forward.folded = _Folded(module)
+        return True
+    return any([_install(child) for child in module.children()])  # noqa: C419 - of all of them
+
+
+def _unit(module: nn.Module) -> UnitArguments | None:
+    """The arguments of a residual unit that can be folded: ours, or a block that ``fuse`` made one call of."""
+    if isinstance(module, _PreActUnit):
+        return arguments_of(module)
+    forward = module.__dict__.get("forward")
+    unit = forward.unit() if isinstance(forward, FusedForward) else None
+    if unit is None:
+        return None
+    arguments = UnitArguments(unit.sites, unit.projection, (1, 1) if unit.activation else None)
+    return arguments if foldable(arguments) else None
 
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
     """What a sequence of units calls one after the other; a module that is no such sequence is itself the leaf."""
-    if type(module) is PreActSequential and runs(module, PreActSequential.forward):
-        for child in module:
+    ours = type(module) is PreActSequential and runs(module, PreActSequential.forward)
+    if ours or (type(module) is nn.Sequential and _runs_in_a_row(module)):
+        for child in module.children():
             yield from _leaves(child)
     else:
         yield module
+
+
+def _runs_in_a_row(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    ours = isinstance(forward, FusedForward) and not forward.inline and not forward.matches
+    return type(module).forward is _IN_A_ROW and (forward is None or ours)
 
 
 # --- when it may run --------------------------------------------------------------------------------------------
@@ -104,7 +143,7 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 _CONSTANTS = (
     *("fused", "training", "eps", "padding_mode", "ceil_mode", "return_indices"),
-    *("kernel_size", "stride", "padding", "dilation", "groups", "shortcut"),
+    *("kernel_size", "stride", "padding", "dilation", "groups", "shortcut", "forward"),
 )
 _HELD = operator.itemgetter("_parameters", "_buffers", "_modules")
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -113,6 +152,11 @@ _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_
 def _held(attributes: list[dict[str, Any]]) -> list[Any]:
     """What the modules of these ``__dict__`` hold, read from there: somebody may have put another dictionary."""
     return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, attributes)))))
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether what the call of ``module`` depends on is among :data:`_CONSTANTS`: other classes may ask anything."""
+    return type(module).__module__.startswith(("torch.nn.", "fused_preact."))
 
 
 def _methods(classes: list[type[nn.Module]]) -> list[Any]:
@@ -135,7 +179,11 @@ class _Watched:
         # An attribute that comes to an instance later may stand before its class's.
         self.names = list(map(tuple, self.attributes))
         self.objects = _held(self.attributes)
-        self.getters = [operator.itemgetter(*(n for n in _CONSTANTS if n in d)) for d in self.attributes]
+        names = (_CONSTANTS if _known(m) else tuple(m.__dict__) for m in modules)
+        self.getters = [
+            operator.itemgetter(*(n for n in wanted if n in d))
+            for wanted, d in zip(names, self.attributes, strict=True)
+        ]
         self.constants = self._constants()
         # An inference tensor counts no writes. It is in the lists above, and what it belongs to is not folded.
         named = [
@@ -156,6 +204,12 @@ class _Watched:
     def _constants(self) -> list[Any]:
         return [get(d) for get, d in zip(self.getters, self.attributes, strict=True)]
 
+    def _same_constants(self) -> bool:
+        try:
+            return self._constants() == self.constants
+        except Exception:  # of another object whose equality is no truth value
+            return False
+
     def _bytes(self) -> Any:
         """Changes with what uncounted writes leave in the tensors: equal where there were none."""
         return fingerprint(self.aliases) if self.on_cpu and self.aliases else None
@@ -170,7 +224,7 @@ class _Watched:
             len(held) == len(self.objects)
             and all(map(operator.is_, held, self.objects))
             and list(map(tuple, self.attributes)) == self.names
-            and self._constants() == self.constants
+            and self._same_constants()
             and list(map(type, self.modules)) == self.types
             and _methods(self.classes) == self.methods
             and [t._version for t in self.tensors] == self.versions
@@ -238,11 +292,12 @@ class _Folded:
             # Hooks come and go, and a lazy module, which has one, is not yet what it will be.
             if not any(m.training or has_hooks(m) for m in modules if m is not self._root):
                 with torch.no_grad():
-                    self._state = state = _State(_Watched(self._root), _fold(self._root))
+                    watched = _Watched(self._root)
+                    self._state = state = _State(watched, _fold(self._root, watched))
         return state
 
 
-def _fold(root: nn.Module) -> _Fold | None:
+def _fold(root: nn.Module, watched: _Watched) -> _Fold | None:
     made: dict[Any, Any] = {}
     if isinstance(root, Stem):
         if not foldable_stem(root):
@@ -250,10 +305,14 @@ def _fold(root: nn.Module) -> _Fold | None:
         weight: Any = root[0].weight
         run: Callable[[Tensor], Tensor | None] = functools.partial(run_stem, root, made)
     else:
-        units = [unit for unit in _leaves(root) if isinstance(unit, _PreActUnit) and foldable_unit(unit)]
-        if not units or len(units) < len(list(_leaves(root))):
+        found = [_unit(module) for module in _leaves(root)]
+        units = [unit for unit in found if unit is not None]
+        if not units or len(units) < len(found):
             return None
-        weights = [conv.weight for unit in units for _, conv in unit.sites()]
+        seen = set(map(id, watched.tensors))
+        if any(id(t) not in seen for unit in units for t in unit.origins()):
+            return None  # a plain attribute, which is not looked at for writes
+        weights = [conv.weight for unit in units for _, conv in unit.sites]
         weight = weights[0]
         if any((w.device, w.dtype) != (weight.device, weight.dtype) for w in weights):
             return None

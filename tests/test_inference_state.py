@@ -171,6 +171,68 @@ def test_copies_fold_their_own(how: str) -> None:
     assert other._folded._root is other
 
 
+class Foreign(nn.Module):
+    """Somebody's block, with attributes that its forward asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.skip, self.gain = True, 1.0
+        self.unread = torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.bn2(self.conv1(self.bn1(x).relu())).relu())
+        y = y + x if self.skip else y
+        return y if self.gain == 1 else y * self.gain
+
+
+FOREIGN_CHANGES: dict[str, Callable[[Any], Any]] = {
+    "attribute": lambda m: setattr(m[0], "skip", False),
+    "other-attribute": lambda m: setattr(m[1], "gain", 3.0),
+    "unread": lambda m: (setattr(m[0], "unread", torch.ones(3)), m[0].bn2.bias.add_(1)),
+    "forward": lambda m: setattr(m[0], "forward", lambda x: 2 * x),
+    "weight": lambda m: m[0].conv2.weight.data.mul_(3),
+    "eps": lambda m: setattr(m[1].bn1, "eps", 0.5),
+    "hook": lambda m: m[1].conv1.register_forward_hook(lambda module, args, y: 2 * y),
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN_CHANGES)
+def test_changes_of_converted_blocks_are_seen(change: str) -> None:
+    model: Any = awkward(nn.Sequential(Foreign(), Foreign()))
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 8, 5, 6)
+    old = optimize_for_inference(fused_preact.fuse(model))(x)
+    assert model.forward.folded._state.fold is not None
+    torch.testing.assert_close(old, plain(x))
+    done = [FOREIGN_CHANGES[change](changed) for changed in (model, plain)]
+    y = model(x)
+    torch.testing.assert_close(y, plain(x))
+    assert not torch.allclose(y, old)
+    if change == "hook":
+        fused = fused_preact.undo_optimize_for_inference(model)
+        torch.testing.assert_close(fused(x), plain(x))
+        for handle in done:
+            handle.remove()
+        torch.testing.assert_close(fused(x), old)
+        assert fused[1].forward.matches == 1, "fused again"
+
+
+def test_plain_attributes_of_converted_blocks_are_not_folded() -> None:
+    model: Any = awkward(nn.Sequential(Foreign(), Foreign()))
+    weight = model[0].conv2.weight.detach()
+    del model[0].conv2.weight
+    model[0].conv2.weight = weight
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 8, 5, 6)
+    optimize_for_inference(fused_preact.fuse(model))
+    for _ in range(2):
+        torch.testing.assert_close(model(x), plain(x))
+        for changed in (model, plain):
+            changed[0].conv2.weight.mul_(2)
+
+
 # --- what runs as before ------------------------------------------------------------------------------------
 
 

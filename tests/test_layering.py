@@ -18,6 +18,7 @@ PACKAGE = "fused_preact"
 # What each layer may import of the package; a layer stands below every one that it may import. "fused_preact"
 # is the package's __init__. Names in LAZY are imported inside functions only.
 LAW: dict[str, set[str]] = {
+    "_interrupt": set(),
     "kernels": set(),
     "calls": set(),
     "flops": set(),
@@ -25,17 +26,18 @@ LAW: dict[str, set[str]] = {
     "schedule": set(),
     "library": {"kernels"},
     "ops": {"reference", "kernels", "library"},
-    "autograd": {"ops", "schedule"},
     "arguments": {"calls", "reference", "schedule"},
     "composite": {"arguments"},
+    "autograd": {"arguments", "composite", "ops", "schedule"},
     "functional": {"arguments", "autograd", "calls", "composite", "ops", "reference"},
     "modules": {"calls", "functional"},
+    "convert": {"arguments", "calls", "composite", "functional", "modules"},
     "folding": {"calls", "functional", "modules", "ops", "reference"},
-    "inference": {"calls", "folding", "functional", "modules", "reference"},
+    "inference": {"calls", "convert", "folding", "functional", "modules", "reference"},
     "models": {"calls", "modules", "functional"},
-    "convert": {"modules"},
     "propagation": {"models"},
     "fused_preact": {
+        "_interrupt",
         "flops",
         "functional",
         "modules",
@@ -46,7 +48,7 @@ LAW: dict[str, set[str]] = {
         "propagation",
     },
     "env": {"ops", "kernels", "fused_preact"},
-    "train": {"models", "fused_preact"},
+    "train": {"_interrupt", "models", "fused_preact"},
     "tune": {"models", "ops", "reference", "kernels", "fused_preact"},
 }
 LAZY = {"kernels"}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import io
+import os
+import signal
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from train_helpers import CONFIG, interrupt_after, rows_of, tiny
+from train_helpers import CONFIG, interrupt_after, rows_of, start, temporaries, tiny
 
 from fused_preact import models
-from fused_preact.train import checkpoint, cli, run
+from fused_preact.train import checkpoint, cli, console, run
 from fused_preact.train.config import RECIPES
 from fused_preact.train.data import DataSet
 from fused_preact.train.log import COLUMNS, Log, metrics_csv
@@ -62,6 +67,51 @@ def test_terminal_bar_is_one_line_that_the_epoch_replaces(monkeypatch: pytest.Mo
     assert stream.getvalue().removeprefix(bars).startswith("\r" + " " * 119 + "\rfused epoch")
     monkeypatch.setenv("TERM", "dumb")
     assert not Log(3, "fused", stream).due()
+
+
+class Reader(io.StringIO):
+    """A stream whose reader does ``error``."""
+
+    encoding = "ascii"
+
+    def __init__(self, error: OSError | None = None) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        if self.error is not None:
+            raise self.error
+        text.encode(self.encoding)  # as a real stream
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), ConnectionResetError(), OSError(errno.EIO, "hung up")])
+def test_a_reader_that_is_gone_is_nothing(error: OSError) -> None:
+    log = Log(3, "fused", Reader(error))
+    log.epoch(ROW)
+    log.bar(0, 5, 10, 1.25, 50.0, 1000.0)
+
+
+def test_a_log_that_cannot_be_written_is_an_error() -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        Log(3, "fused", Reader(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))).epoch(ROW)
+
+
+def test_a_log_without_a_stream_or_without_the_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Reader()
+    Log(1, "fused", stream).line("files in größe")
+    assert stream.getvalue() == "files in gr\\xf6\\xdfe\n"
+    monkeypatch.setattr("sys.stdout", None)  # as after >&-
+    log = Log()
+    log.line("unheard")
+    assert not log.due()
+
+
+def test_an_error_is_one_line() -> None:
+    assert console.one_line(ValueError("a\n  b")) == "a b"
+    assert console.one_line(ValueError()) == "ValueError"
+    assert console.one_line(OSError(errno.EACCES, "Permission denied", "x/y")) == "x/y: Permission denied"
+    assert console.one_line(FileNotFoundError("none there")) == "none there"
 
 
 def test_metrics_csv_has_a_row_an_epoch() -> None:
@@ -191,3 +241,171 @@ def test_cli_bad_input_is_one_line(
     for part in parts:
         assert part in shown
     assert not Path("runs").exists()
+
+
+# --- files, readers and signals ----------------------------------------------------------------------------
+
+
+TRIAL = ["-m", "fused_preact.train", "--limit-train", "64", "--limit-test", "20", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "where", ["a file", "below a file", "a dead link", "no folder of files", "read-only", "plain"]
+)
+def test_out_that_takes_no_files_is_refused_before_training(
+    where: str,
+    tiny_model: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    out = {
+        "below a file": file / "run",
+        "a dead link": tmp_path / "link",
+        "no folder of files": Path("/proc/run"),
+    }
+    out = out.get(where, file if where == "a file" else tmp_path / "run")
+    said = {
+        "below a file": "Not a directory",
+        "no folder of files": "No such file",
+        "read-only": "Read-only file",
+    }
+    if where == "read-only":  # root, as tests are in a container, may write anywhere
+        error = OSError(errno.EROFS, os.strerror(errno.EROFS))
+        monkeypatch.setattr(tempfile, "TemporaryFile", functools.partial(_raise, error))
+    if where == "plain":
+        out.mkdir()
+        (out / "plain").touch()
+    monkeypatch.setattr(run, "run", functools.partial(_raise, AssertionError("training began")))
+    compare = ["--compare"] if where == "plain" else []
+    assert cli.main(["--out", str(out), "--device", "cpu", *compare]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"error: --out {out}")
+    assert said.get(where, "File exists") in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def _raise(error: BaseException, *args: object, **kwargs: object) -> None:
+    raise error
+
+
+def test_a_reader_that_closes_the_pipe_stops_no_run(tmp_path: Path) -> None:
+    process = start(*TRIAL, "--epochs", "2", "--out", str(tmp_path / "run"))
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+    assert checkpoint.load(tmp_path / "run")["epoch"] == len(rows_of(tmp_path / "run")) == 2
+    assert (tmp_path / "run" / "learning_curve.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status"), [(["--help"], 0), (["--data", "mnist"], 2), (["--resume", "nowhere"], 2)]
+)
+def test_nobody_reads_at_all(flags: list[str], status: int) -> None:
+    """Both streams a pipe without a reader, as after ``2>&1 | true``: only the status tells."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start("-m", "fused_preact.train", *flags, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert process.wait(60) == status
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "flags", [["--help"], [*TRIAL[2:], "--epochs", "1", "--out", "run"]], ids=["help", "run"]
+)
+def test_a_full_disk_behind_stdout_is_one_line(flags: list[str], tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = start("-m", "fused_preact.train", *flags, stdout=full, cwd=tmp_path)
+        _, shown = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert shown.startswith("error: <stdout>: No space left on device; ")
+    assert shown.count("\n") == 1
+    assert temporaries(tmp_path) == []
+
+
+SLOW_TORCH = """
+import time
+print("loading", flush=True)
+try:
+    time.sleep(60)
+except BaseException as error:  # as numpy's C API does it
+    raise ImportError("numpy._core.multiarray failed to import") from error
+"""
+
+
+def test_interrupt_while_torch_loads(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(SLOW_TORCH)
+    process = start("-m", "fused_preact.train", "--help", first=[str(tmp_path)])
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert (process.returncode, shown) == (130, "\ninterrupted\n")
+
+
+def test_importing_the_package_takes_no_signal() -> None:
+    code = "import signal as s, fused_preact; assert s.getsignal(s.SIGINT) is s.default_int_handler"
+    process = start("-c", code, "fused_preact.train")
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("when", ["before the first epoch is done", "after an epoch"])
+def test_interrupt_while_training(when: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    images = ["--limit-train", "1000"] if when.startswith("before") else []
+    process = start(*TRIAL, *images, "--epochs", "2000", "--out", str(out))
+    assert process.stdout is not None
+    process.stdout.readline()
+    if when.startswith("after"):
+        process.stdout.readline()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert shown.startswith("\ninterrupted; ")
+    assert shown.count("\n") == 2
+    assert shown.endswith(
+        f"go on with --resume {out}\n" if when.startswith("after") else f"finished in {out}\n"
+    )
+    assert temporaries(out) == []
+
+
+EXECUTED = """
+exec("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
+"""
+
+
+def test_interrupt_in_executed_text_has_the_same_status(tmp_path: Path) -> None:
+    """Dataclasses are such text; a KeyboardInterrupt in it makes Python kill itself at exit, caught or not."""
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").touch()
+    (tmp_path / "matplotlib" / "figure.py").write_text(EXECUTED)
+    out = tmp_path / "run"
+    process = start(*TRIAL, "--epochs", "1", "--out", str(out), first=[str(tmp_path)])
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert shown.startswith("\ninterrupted; the last finished epoch is in ")
+    assert shown.count("\n") == 2
+
+
+def test_an_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
+    """As in ``sh -c 'python -m fused_preact.train &'``."""
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    process = start("-c", code, *TRIAL, "--epochs", "1", "--out", str(tmp_path / "run"))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert (process.returncode, shown) == (0, "")

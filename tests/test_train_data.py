@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
+import random
 import sys
 import tarfile
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +90,104 @@ def test_cifar_names_the_truncated_archive(tmp_path: Path, tiny_layouts: None) -
     file.write_bytes(file.read_bytes()[:-5000])
     with pytest.raises(ValueError, match=r"cifar-100-binary\.tar\.gz: truncated"):
         load("cifar100", str(tmp_path))
+
+
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+def archive_of(*members: tarfile.TarInfo) -> bytes:
+    """A tar of ``members``, zeros in each as long as its size says."""
+    buffer = io.BytesIO()
+    for member in members:
+        buffer.write(member.tobuf(tarfile.USTAR_FORMAT) if member.size >= 0 else negative(member))
+        buffer.write(bytes(-(-max(member.size, 0) // 512) * 512))
+    return buffer.getvalue() + bytes(1024)
+
+
+def negative(member: tarfile.TarInfo) -> bytes:
+    """A header whose size is below zero, which base 256 can say and tarfile's writer would not."""
+    size, member.size = member.size, 0
+    header = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = b"\xff" * 4 + size.to_bytes(8, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def member(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, kind, link
+    return info
+
+
+WANTED = "cifar-10-batches-bin/test_batch.bin"
+LARGE = 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ([member(WANTED, kind=tarfile.SYMTYPE, link="/etc/passwd")], f"{WANTED} is a link"),
+        ([member(WANTED, kind=tarfile.LNKTYPE, link=WANTED)], f"{WANTED} is a link"),
+        ([member(WANTED, kind=tarfile.FIFOTYPE)], f"{WANTED} is a link or no plain file"),
+        ([member(WANTED, LARGE)], f"{WANTED} has {LARGE} bytes, expected 6146"),
+        ([member(WANTED, -512)], "member 0 of -512 bytes"),
+        ([member("pax", LARGE, tarfile.XHDTYPE), member(WANTED)], f"a header of {LARGE} bytes"),
+        ([member("long", LARGE, tarfile.GNUTYPE_LONGNAME), member(WANTED)], f"a header of {LARGE} bytes"),
+        ([member(f"member{i}") for i in range(cifar.MEMBERS + 1)], f"member {cifar.MEMBERS}"),
+    ],
+    ids=["symlink", "hardlink", "fifo", "large", "negative", "pax", "longname", "many"],
+)
+def test_cifar_refuses_members_before_reading_them(
+    members: list[tarfile.TarInfo], said: str, tmp_path: Path, tiny_layouts: None
+) -> None:
+    path = tmp_path / TINY["cifar10"].archive
+    path.write_bytes(gzip.compress(archive_of(*members), 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"{path.name}: truncated, damaged or not.*{said}"):
+            load("cifar10", str(tmp_path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < LARGE / 4
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_cifar_notices_every_damage_to_a_packed_archive(
+    packer: str, tmp_path: Path, tiny_layouts: None
+) -> None:
+    write("cifar10", "archive", tmp_path)
+    path = tmp_path / TINY["cifar10"].archive
+    whole = PACKERS[packer](gzip.decompress(path.read_bytes()))
+    path.write_bytes(whole)
+    good, chance = cifar.read("cifar10", str(tmp_path)), random.Random(0)
+    refused = 0
+    for trial in range(300):
+        damaged = bytearray(whole)
+        if trial % 3 == 0:
+            del damaged[chance.randrange(len(whole)) :]
+        else:
+            for _ in range(trial % 3):
+                damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = cifar.read("cifar10", str(tmp_path))
+        except (ValueError, OSError):
+            refused += 1
+            continue
+        for (images, labels), (good_images, good_labels) in zip(found, good, strict=True):
+            np.testing.assert_array_equal(images, good_images)
+            np.testing.assert_array_equal(labels, good_labels)
+    assert refused > 280  # the rest hit a time stamp or the like
+
+
+def test_cifar_compares_the_size_of_a_file_before_reading_it(tmp_path: Path, tiny_layouts: None) -> None:
+    write("cifar10", "folder", tmp_path)
+    with open(tmp_path / "cifar-10-batches-bin" / "data_batch_1.bin", "r+b") as file:
+        file.truncate(1 << 40)  # a terabyte of hole
+    with pytest.raises(ValueError, match=rf"data_batch_1\.bin has {1 << 40} bytes, expected 9219"):
+        load("cifar10", str(tmp_path))
 
 
 def test_cifar_names_what_is_missing(tmp_path: Path, tiny_layouts: None) -> None:
@@ -177,3 +280,34 @@ def test_batches_cover_the_split_and_follow_their_generator() -> None:
         assert torch.equal(a, b[0])
     other = [labels for _, labels in Batches(split, recipe, seed=4).epoch()]
     assert not torch.equal(torch.cat(first), torch.cat(other))
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "sizes"),
+    [
+        (1297, 8, 162 * [8]),
+        (9, 4, [4, 4]),
+        (10, 4, [4, 4, 2]),
+        (8, 4, [4, 4]),
+        (3, 2, [2]),
+        (2, 64, [2]),
+        (3, 64, [3]),
+    ],
+)
+def test_an_image_left_over_is_left_out(images: int, batch_size: int, sizes: list[int]) -> None:
+    split = Split(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), torch.arange(images))
+    batches = Batches(split, replace(RECIPES["digits"], batch_size=batch_size), seed=0)
+    epochs = [[labels for _, labels in batches.epoch()] for _ in range(2)]
+    assert [len(labels) for labels in epochs[0]] == sizes
+    assert (len(batches), batches.images) == (len(sizes), sum(sizes))
+    seen = [torch.cat(epoch) for epoch in epochs]
+    assert all(len(labels.unique()) == batches.images for labels in seen)
+    if images == 1297:
+        assert seen[0].sum() != seen[1].sum(), "another one each epoch"
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_single_image_is_no_training_set(images: int) -> None:
+    split = Split(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), torch.arange(images))
+    with pytest.raises(ValueError, match=f"train={images} images: .*at least 2"):
+        Batches(split, RECIPES["digits"], seed=0)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
 
+import fused_preact
 from fused_preact.train.config import RECIPES, Config
 from fused_preact.train.log import Log
 
@@ -25,6 +30,24 @@ def tiny(name: str, *, num_classes: int, fused: bool, in_channels: int) -> nn.Mo
         nn.Flatten(),
         nn.Linear(36, num_classes),
     )
+
+
+def start(*words: str, **options: Any) -> subprocess.Popen[str]:
+    """A process of this interpreter and of the package that the tests import, wherever it runs."""
+    root = str(Path(fused_preact.__file__).parents[1])
+    path = os.pathsep.join([*options.pop("first", []), root])
+    return subprocess.Popen(
+        [sys.executable, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdout=options.pop("stdout", subprocess.PIPE),
+        stderr=options.pop("stderr", subprocess.PIPE),
+        text=True,
+        **options,
+    )
+
+
+def temporaries(out: Path) -> list[Path]:
+    return sorted(out.rglob(".*.tmp"))
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import tarfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 
 IMAGE_SHAPE = (3, 32, 32)
 IMAGE_BYTES = 3 * 32 * 32
+PIECE = 2**20  # bytes asked for at once of an archive
+MEMBERS = 1000  # the published archives have nine; a header costs memory even where its member is not wanted
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,11 @@ class Layout:
     test: Mapping[str, int]
     label_bytes: int  # the last one is the class; CIFAR-100 puts its coarse class before it
     num_classes: int
+
+    @property
+    def record(self) -> int:
+        """Bytes of a labelled image."""
+        return self.label_bytes + IMAGE_BYTES
 
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -52,7 +63,8 @@ def read(name: str, data_dir: str | None) -> tuple[Arrays, Arrays]:
     """(train, test) of ``cifar10`` or ``cifar100``.
 
     ``data_dir`` holds the archive, or the folder unpacked from it, or is that folder.
-    Raises FileNotFoundError for a missing file and ValueError for a truncated or damaged one.
+    Raises FileNotFoundError for a missing file, another OSError for one that cannot be opened, and ValueError for a
+    truncated or damaged one, or one that holds something else. Sizes are compared before that much is read.
     """
     layout = LAYOUTS[name]
     if data_dir is None:
@@ -62,7 +74,7 @@ def read(name: str, data_dir: str | None) -> tuple[Arrays, Arrays]:
     for folder in (root / layout.folder, root):
         # One file is enough to choose the folder: the others must then be there too.
         if any((folder / file).exists() for file in files):
-            raw = {file: _read_file(folder / file) for file in files}
+            raw = {file: _read_file(folder / file, count, layout) for file, count in files.items()}
             return _decode(raw, layout.train, layout, str(folder)), _decode(
                 raw, layout.test, layout, str(folder)
             )
@@ -78,42 +90,96 @@ def read(name: str, data_dir: str | None) -> tuple[Arrays, Arrays]:
     )
 
 
-def _read_file(path: Path) -> bytes:
+def _check_size(where: str, file: str, found: int, count: int, layout: Layout) -> None:
+    if found != count * layout.record:
+        raise ValueError(
+            f"{where}: {file} has {found} bytes, expected {count * layout.record} "
+            f"({count} records of {layout.record}); truncated, or not the binary version"
+        )
+
+
+def _read_file(path: Path, count: int, layout: Layout) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"data_dir={str(path.parent)!r}: {path.name} is missing")
+    _check_size(str(path.parent), path.name, path.stat().st_size, count, layout)
     return path.read_bytes()
+
+
+class _Pieces(io.BufferedIOBase):
+    """A packed file as tarfile sees it: a header that claims to be longer than any is refused before it is read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= PIECE:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self.file.read(size)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
+def _unpacked(file: IO[bytes]) -> IO[bytes]:
+    """``file`` behind the decompressor that its first bytes name."""
+    start = file.read(6)
+    file.seek(0)
+    if start.startswith(b"\x1f\x8b"):
+        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    if start.startswith(b"BZh"):
+        return bz2.BZ2File(file)
+    if start.startswith(b"\xfd7zXZ\0"):
+        return lzma.LZMAFile(file)
+    return file
 
 
 def _read_archive(archive: Path, layout: Layout) -> dict[str, bytes]:
     """The wanted members, read in place: nothing is unpacked to disk, so no member name can do harm."""
-    wanted = {f"{layout.folder}/{file}": file for file in (*layout.train, *layout.test)}
+    counts = {**layout.train, **layout.test}
+    wanted = {f"{layout.folder}/{file}": file for file in counts}
     raw: dict[str, bytes] = {}
-    try:
-        with tarfile.open(archive, "r:*") as tar:
-            for member in tar:
-                name = member.name.removeprefix("./")
-                stream = tar.extractfile(member) if name in wanted else None
-                if stream is not None:
-                    raw[wanted[name]] = stream.read()
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        size = archive.stat().st_size
-        raise ValueError(f"{archive}: truncated or damaged archive of {size} bytes ({error})") from error
+    with open(archive, "rb") as packed:
+        try:
+            stream = _unpacked(packed)
+            with tarfile.open(fileobj=_Pieces(stream), mode="r:") as tar:
+                for number, member in enumerate(tar):
+                    if number == MEMBERS or member.size < 0:
+                        raise tarfile.ReadError(f"member {number} of {member.size} bytes")
+                    name = member.name.removeprefix("./")
+                    if name in wanted:
+                        raw[wanted[name]] = _read_member(tar, member, counts[wanted[name]] * layout.record)
+            while stream.read(PIECE):  # the checksum of what was read stands at the very end
+                pass
+        except Exception as error:  # tarfile and the decompressors raise a dozen kinds over damaged bytes
+            size = archive.stat().st_size
+            raise ValueError(
+                f"{archive}: truncated, damaged or not the binary version, {size} bytes ({error})"
+            ) from error
     missing = [name for name, file in wanted.items() if file not in raw]
     if missing:
         raise FileNotFoundError(f"{archive}: {', '.join(missing)} missing from the archive")
     return raw
 
 
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> bytes:
+    if not member.isreg() or member.issparse():
+        raise tarfile.ReadError(f"{member.name} is a link or no plain file")
+    if member.size != size:
+        raise tarfile.ReadError(f"{member.name} has {member.size} bytes, expected {size}")
+    stream = tar.extractfile(member)
+    assert stream is not None  # of a plain file
+    with stream:
+        return b"".join(iter(lambda: stream.read(PIECE), b""))
+
+
 def _decode(raw: Mapping[str, bytes], files: Mapping[str, int], layout: Layout, where: str) -> Arrays:
-    record = layout.label_bytes + IMAGE_BYTES
     parts = []
     for file, count in files.items():
-        if len(raw[file]) != count * record:
-            raise ValueError(
-                f"{where}: {file} has {len(raw[file])} bytes, expected {count * record} "
-                f"({count} records of {record}); truncated, or not the binary version"
-            )
-        parts.append(np.frombuffer(raw[file], dtype=np.uint8).reshape(count, record))
+        _check_size(where, file, len(raw[file]), count, layout)
+        parts.append(np.frombuffer(raw[file], dtype=np.uint8).reshape(count, layout.record))
     records = np.concatenate(parts)
     labels = records[:, layout.label_bytes - 1].astype(np.int64)
     if labels.max() >= layout.num_classes:

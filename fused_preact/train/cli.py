@@ -6,10 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fused_preact import _interrupt
+
+from . import console
 from .config import BACKENDS, DTYPES, RECIPES, Config, recipe_for
 
 RECIPE_FLAGS = ("model", "batch_size", "lr", "weight_decay", "warmup_epochs", "decay_norm")
@@ -19,7 +23,16 @@ MACHINE_FLAGS = ("device", "backend", "graph", "data_dir")  # where a run comput
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")  # one line; the usage is three screens
+        _complain(message)  # one line; the usage is three screens
+        self.exit(2)
+
+    def print_help(self, file: Any = None) -> None:
+        console.write(sys.stdout if file is None else file, self.format_help())
+
+
+def _complain(message: str) -> None:
+    with suppress(OSError):  # where stderr cannot be written to, the status has to do
+        console.write(sys.stderr, f"error: {message}\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +62,12 @@ def parser() -> argparse.ArgumentParser:
     )
     how = top.add_argument_group("recipe")
     how.add_argument("--epochs", type=int, metavar="N", help="milestones and warm-up scale along")
-    how.add_argument("--batch-size", type=int, metavar="N")
+    how.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="at least 2; an image left over for a batch of its own is left out of the epoch: BN cannot train on it",
+    )
     how.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
     how.add_argument("--weight-decay", type=float, metavar="X")
     how.add_argument(
@@ -155,13 +173,17 @@ def check_device(name: str) -> None:
         raise ValueError(f"device={name!r}: allowed here: {', '.join(allowed)}")
 
 
-def prepare(args: argparse.Namespace) -> Callable[[], object]:
-    """Check everything a user can get wrong; what is returned does the work."""
+def prepare(args: argparse.Namespace) -> tuple[Callable[[], object], Path | None]:
+    """Check everything a user can get wrong, last that the run's folder takes files.
+
+    Returns what does the work, and the folder, None for a test.
+    """
     import fused_preact
     from fused_preact import models
 
     from . import checkpoint, run
     from .data import load
+    from .log import Log
     from .loop import Trainer
 
     if args.resume and (args.out or args.eval):
@@ -185,11 +207,26 @@ def prepare(args: argparse.Namespace) -> Callable[[], object]:
         )
     if args.resume:
         out = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    plain = run.plain_folder(out) if args.compare and config.recipe.compare_accuracy else None
+    payload_plain = None
+    if payload is not None:
+        checkpoint.check(payload, config, data)
+        if args.resume and plain is not None and (plain / "last.pt").exists():
+            payload_plain = checkpoint.load(plain)
+            checkpoint.check(payload_plain, replace(config, fused=False), data)
 
     def train() -> None:
         run.set_up_torch(config)
         with fused_preact.backend(config.backend):
-            run.run(config, data, out, resume=payload, compare=args.compare, recalibrate=args.bn_recalibrate)
+            run.run(
+                config,
+                data,
+                out,
+                resume=payload,
+                resume_plain=payload_plain,
+                compare=args.compare,
+                recalibrate=args.bn_recalibrate,
+            )
 
     def test() -> None:
         assert payload is not None
@@ -200,28 +237,65 @@ def prepare(args: argparse.Namespace) -> Callable[[], object]:
             if args.bn_recalibrate:
                 trainer.recalibrate()
             stats = trainer.evaluate()
-        print(
+        Log().line(
             f"{args.eval}: {config.recipe.model} on {data.name} after {payload['epoch']} epochs: test accuracy "
             f"{stats.accuracy:.2f} %, loss {stats.loss:.4f}, {len(data.test)} images, {stats.images_per_s:,.0f} img/s"
         )
 
-    return test if args.eval else train
+    if args.eval:
+        return test, None
+    for folder in (out, plain):
+        if folder is not None:
+            _check_folder(folder, args)
+    return train, out
+
+
+def _check_folder(folder: Path, args: argparse.Namespace) -> None:
+    from . import checkpoint
+
+    flag = f"--resume {args.resume}" if args.resume else f"--out {folder}"
+    try:
+        checkpoint.check_writable(folder)
+    except OSError as error:
+        raise OSError(
+            f"{flag}: cannot write to {folder} ({error.strerror}); allowed: a folder that takes files, new or not"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for bad input, 1 for divergence, 130 for Ctrl-C."""
-    args = parser().parse_args(argv)
+    """Run the command line; returns the exit status.
+
+    0; 2 for bad input, found before training starts; 1 for divergence or a file that could not be written; 130 for
+    Ctrl-C. All but 0 come with one line on stderr. A closed pipe behind stdout or stderr only silences it.
+    """
+    out = None
     try:
-        work = prepare(args)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
+        args = parser().parse_args(argv)
+        try:
+            work, out = prepare(args)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            _complain(console.one_line(error))
+            return 2
+        _interrupt.loaded()
         work()
+    except SystemExit as stop:  # argparse
+        return int(stop.code or 0)
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(console.one_line(error))
+        return 1
+    except OSError as error:
+        _complain(f"{console.one_line(error)}; {_how_to_go_on(out)}")
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the last finished epoch is in last.pt, go on with --resume", file=sys.stderr)
+        with suppress(OSError):
+            console.write(sys.stderr, f"\ninterrupted; {_how_to_go_on(out)}\n")
         return 130
     return 0
+
+
+def _how_to_go_on(out: Path | None) -> str:
+    if out is None:
+        return "nothing was written"
+    if (out / "last.pt").exists():
+        return f"the last finished epoch is in {out / 'last.pt'}, go on with --resume {out}"
+    return f"no epoch was finished in {out}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "triton", "cpu", "reference")
+SCHEDULES = ("cosine", "step")
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,19 @@ class Recipe:
     compare_accuracy: bool
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, least in (("epochs", 1), ("batch_size", 2)):  # BN cannot train on one value per channel
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         for name in ("lr", "weight_decay", "warmup_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be finite and not negative")
+        for name, most in (("momentum", 1), ("pad", 32)):  # CIFAR's images are 32 wide
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 to {most}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r}: allowed: {', '.join(SCHEDULES)}")
+        if not self.mean or len(self.mean) != len(self.std):
+            raise ValueError(f"mean={self.mean}, std={self.std}: must have a number for each channel")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs}: must be at most epochs={self.epochs}")
 
@@ -137,6 +146,8 @@ class Config:
         for name, allowed in (("data", tuple(RECIPES)), ("dtype", DTYPES), ("backend", BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed: {', '.join(allowed)}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed}: allowed: -2^63 to 2^64-1")
         if self.graph and not self.device.startswith("cuda"):
             raise ValueError(f"graph=True, device={self.device!r}: CUDA graphs need a CUDA device")
         for name in ("limit_train", "limit_test"):
@@ -150,5 +161,35 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """The inverse of ``to_dict``."""
-        return cls(**{**values, "recipe": Recipe(**values["recipe"])})
+        """The inverse of ``to_dict``; ValueError for what this version would not have written."""
+        own = _typed(cls, values, "config")
+        return cls(**{**own, "recipe": Recipe(**_typed(Recipe, own["recipe"], "config recipe"))})
+
+
+def _typed(cls: type, values: object, what: str) -> dict[str, Any]:
+    """``values`` if they are what ``asdict`` makes of the dataclass ``cls``, all of them and of its types."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what}: {type(values).__name__} found, allowed: a dict")
+    names = {field.name for field in fields(cls)}
+    for found, missing, problem in (
+        (names, values, "lacks"),
+        (values, names, "of another version, has unknown"),
+    ):
+        odd = [str(name) for name in found if name not in missing]
+        if odd:
+            raise ValueError(f"{what}: {problem} {', '.join(sorted(odd))}")
+    for name, hint in get_type_hints(cls).items():
+        if not _is(values[name], hint):
+            raise ValueError(f"{what}: {name}={values[name]!r}, allowed: {getattr(hint, '__name__', hint)}")
+    return dict(values)
+
+
+def _is(value: object, hint: Any) -> bool:
+    if is_dataclass(hint):
+        return isinstance(value, Mapping)
+    if isinstance(hint, UnionType):
+        return any(_is(value, one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is(item, get_args(hint)[0]) for item in value)
+    # 1 is as good as 1.0; True is neither, though an int to Python. Torch takes no int of any size.
+    return type(value) is hint or (hint is float and type(value) is int and abs(value) <= 2**53)

@@ -116,28 +116,44 @@ def augment(images: Tensor, pad: int, offsets: Tensor, flips: Tensor | None) -> 
     return images[index, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
+def starts(images: int, batch_size: int, *, at_least: int = 1) -> range:
+    """Where the batches of one pass begin; a last one of fewer than ``at_least`` images is left out."""
+    return range(0, images - at_least + 1, batch_size)
+
+
 class Batches:
     """Shuffled, augmented training batches.
 
     All randomness comes from ``generator``, which lives on the CPU: its state in a checkpoint makes a resume
     exact, and every device sees the same batches.
+
+    A batch has at least two images, for BN cannot train on one value per channel, which is all that one image gives
+    where a map has shrunk to 1x1: an image left over at the end of an epoch is left out, another one each epoch.
+    Raises ValueError for a split that holds fewer than two.
     """
 
     def __init__(self, split: Split, recipe: Recipe, seed: int) -> None:
+        if len(split) < 2:
+            raise ValueError(f"train={len(split)} images: BN needs at least 2 to train on")
         self.split = split
         self.recipe = recipe
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        return -(-len(self.split) // self.recipe.batch_size)
+        return len(starts(len(self.split), self.recipe.batch_size, at_least=2))
+
+    @property
+    def images(self) -> int:
+        """Images of an epoch: all, or all but the one left over."""
+        return min(len(self.split), len(self) * self.recipe.batch_size)
 
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over the split; the last batch may be smaller. Draws the whole epoch's randomness first."""
+        """One pass over the split, the last batch as it comes. Draws the whole epoch's randomness first."""
         n, recipe, device = len(self.split), self.recipe, self.split.labels.device
         order = torch.randperm(n, generator=self.generator).to(device)
         offsets = torch.randint(0, 2 * recipe.pad + 1, (n, 2), generator=self.generator).to(device)
         flips = torch.randint(0, 2, (n,), generator=self.generator).bool().to(device) if recipe.flip else None
-        for start in range(0, n, recipe.batch_size):
+        for start in starts(n, recipe.batch_size, at_least=2):
             chosen = order[start : start + recipe.batch_size]
             part = slice(start, start + len(chosen))
             images = normalise(self.split.images[chosen], recipe)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from . import console
+
 Row = dict[str, float]  # one epoch, by column; accuracies in percent
 COLUMNS = (
     "epoch",
@@ -29,8 +31,8 @@ class Log:
     """Lines to ``stream``; on a terminal also a bar in the last line, redrawn at most ten times a second."""
 
     def __init__(self, epochs: int = 1, title: str = "", stream: TextIO | None = None) -> None:
-        self.stream = sys.stdout if stream is None else stream
-        self.tty = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.stream: TextIO | None = sys.stdout if stream is None else stream
+        self.tty = self.stream is not None and self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.epochs, self.title = epochs, title
         self._drawn = self._last = 0.0
         self._begin: tuple[float, float] | None = None  # (time, epochs done) of the first bar, for the ETA
@@ -55,17 +57,15 @@ class Log:
         width = max(0, min(24, columns - len(text) - 2))
         filled = round(width * done / self.epochs)
         bar = f"[{'#' * filled}{'.' * (width - filled)}]" if width > 4 else ""
-        self.stream.write("\r" + (bar + text)[:columns].ljust(columns))
-        self.stream.flush()
+        console.write(self.stream, "\r" + (bar + text)[:columns].ljust(columns))
         self._last, self._drawn = now, columns
 
     def line(self, text: str = "") -> None:
         """One line for good, above the bar."""
         if self._drawn:
-            self.stream.write("\r" + " " * int(self._drawn) + "\r")
+            text = "\r" + " " * int(self._drawn) + "\r" + text
             self._drawn = 0.0
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        console.write(self.stream, text + "\n")
 
     def epoch(self, row: Row) -> None:
         """The line of a finished epoch."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config, Recipe
-from .data import Batches, DataSet, Split, normalise
+from .data import Batches, DataSet, Split, normalise, starts
 from .log import Log
 
 WARMUP_STEPS = 5  # of a process: allocator, library plans, compiled kernels; not counted in images/s
@@ -49,6 +49,13 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """SGD with the recipe's settings over ``model``'s parameters."""
+    return torch.optim.SGD(
+        parameter_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov
+    )
+
+
 class Trainer:
     """A model with its optimizer, loss scaler and batches: what a checkpoint has to restore."""
 
@@ -58,12 +65,7 @@ class Trainer:
         self.dtype = getattr(torch, config.dtype)
         model = build_model(config, data, fused=fused)
         self.model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.SGD(
-            parameter_groups(self.model, self.recipe),
-            lr=self.recipe.lr,
-            momentum=self.recipe.momentum,
-            nesterov=self.recipe.nesterov,
-        )
+        self.optimizer = build_optimizer(self.model, self.recipe)
         # fp16 gradients underflow without a loss scale; float32 and bfloat16 have the range.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.batches = Batches(data.train, self.recipe, config.seed)
@@ -162,6 +164,7 @@ class Trainer:
         """Replace BN's running statistics by the plain average over the training images, not augmented.
 
         The exponential average lags behind the weights; the published ResNet-v2 models were recomputed like this.
+        As in training, an image left over for a batch of its own is left out.
         """
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [norm.momentum for norm in norms]
@@ -170,13 +173,13 @@ class Trainer:
             norm.momentum = None  # PyTorch's cumulative average
         self.model.train()
         with torch.no_grad(), self.autocast():
-            for images, _ in self._plain_batches(self.data.train):
+            for images, _ in self._plain_batches(self.data.train, at_least=2):
                 self.model(images)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
-    def _plain_batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(split), self.recipe.batch_size):
+    def _plain_batches(self, split: Split, at_least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in starts(len(split), self.recipe.batch_size, at_least=at_least):
             part = slice(start, start + self.recipe.batch_size)
             yield normalise(split.images[part], self.recipe), split.labels[part]
 

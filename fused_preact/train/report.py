@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from .log import Row
 from .measure import StepComparison
@@ -34,12 +34,12 @@ class Result:
     recalibrated: float | None = None
 
 
-def learning_curve(path: Path, results: Sequence[Result], title: str) -> bool:
-    """Losses and error rates against epochs as a PNG; False without matplotlib."""
+def learning_curve(results: Sequence[Result], title: str) -> bytes | None:
+    """Losses and error rates against epochs as a PNG; None without matplotlib."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no display, no global state
     except ImportError:
-        return False
+        return None
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for index, result in enumerate(results):
@@ -54,8 +54,9 @@ def learning_curve(path: Path, results: Sequence[Result], title: str) -> bool:
     left.legend()
     right.legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    return True
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    return picture.getvalue()
 
 
 def summary(results: Sequence[Result], saved: Mapping[str, int], steps: StepComparison | None) -> str:

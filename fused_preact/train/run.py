@@ -14,7 +14,7 @@ import fused_preact
 
 from . import checkpoint
 from .config import Config
-from .data import DataSet
+from .data import Batches, DataSet
 from .log import Log, Row, metrics_csv
 from .loop import Trainer
 from .measure import PeakMemory, compare_steps, saved_bytes
@@ -28,6 +28,11 @@ def free_folder(config: Config, root: Path = Path("runs")) -> Path:
     while out.exists():
         out, number = root / f"{name}-{number}", number + 1
     return out
+
+
+def plain_folder(out: Path) -> Path:
+    """Where the plain model's files are in a run that compares."""
+    return out / "plain"
 
 
 def set_up_torch(config: Config) -> None:
@@ -55,17 +60,20 @@ def fit(
     """Train one model in folder ``out``, from the start or on from checkpoint ``resume``.
 
     After each epoch ``out`` holds last.pt, best.pt and metrics.csv, each replaced as a whole.
-    Raises FloatingPointError when the loss is no longer finite; last.pt is then the epoch before.
+    Raises FloatingPointError when the loss is no longer finite, and OSError when a file cannot be written; last.pt is
+    then the epoch before. Raises ValueError for a checkpoint of another run.
     """
     recipe, name = config.recipe, "fused" if config.fused else "plain"
     memory = PeakMemory(torch.device(config.device))
     trainer = Trainer(config, data, fused=config.fused)
     rows: list[Row] = []
+    best = -1.0  # test accuracy of the epoch in best.pt
     if resume is not None:
         checkpoint.restore(trainer, resume)
         rows = [dict(row) for row in resume["metrics"]]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        best = checkpoint.keep_best(out / "best.pt", rows, resume)
+    settings = (json.dumps(config.to_dict(), indent=2) + "\n").encode()
+    checkpoint.write_atomically(out / "config.json", lambda file: file.write(settings))
     log = Log(recipe.epochs, name)
     for epoch in range(len(rows), recipe.epochs):
         train = trainer.train_epoch(epoch, log)
@@ -86,12 +94,12 @@ def fit(
             "train_seconds": train.seconds,
             "peak_memory_mib": memory.read() / MIB,
         }
-        is_best = test.accuracy > max((old["test_acc"] for old in rows), default=-1.0)
         rows.append(row)
         payload = checkpoint.pack(trainer, epoch + 1, rows)
         checkpoint.save(out / "last.pt", payload)
-        if is_best:
+        if test.accuracy > best:
             checkpoint.save(out / "best.pt", payload)
+            best = test.accuracy
         checkpoint.write_atomically(out / "metrics.csv", lambda file: file.write(metrics_csv(rows)))
         log.epoch(row)
     # A run killed between its two files, or resumed when complete, gets its metrics from the checkpoint.
@@ -110,28 +118,35 @@ def run(
     out: Path,
     *,
     resume: dict[str, Any] | None = None,
+    resume_plain: dict[str, Any] | None = None,
     compare: bool = False,
     recalibrate: bool = False,
 ) -> list[Result]:
-    """``fit``, and with ``compare`` the plain model too; draws the curves and prints the closing table."""
+    """``fit``, and with ``compare`` the plain model too; draws the curves and prints the closing table.
+
+    ``resume_plain`` is the checkpoint from which the plain model goes on.
+    """
     log, recipe = Log(), config.recipe
     kernels = f"fused kernels: {serving_backend(config)}" if config.fused else "plain PyTorch"
+    images, every = Batches(data.train, recipe, config.seed).images, len(data.train)
     title = (
-        f"{recipe.model} on {data.name}, {recipe.epochs} epochs of {len(data.train)} images, batch "
+        f"{recipe.model} on {data.name}, {recipe.epochs} epochs of {images} images"
+        f"{'' if images == every else f' (of {every}: one would be left over)'}, batch "
         f"{recipe.batch_size}, seed {config.seed}, {config.dtype} on {config.device}, {kernels}"
     )
     log.line(f"{title}; {len(data.test)} test images, files in {out}")
     results = [fit(config, data, out, resume=resume, recalibrate=recalibrate)]
     steps = None
     if compare:
-        plain, folder = replace(config, fused=False), out / "plain"
+        plain, folder = replace(config, fused=False), plain_folder(out)
         if recipe.compare_accuracy:
-            last = folder / "last.pt"
-            earlier = checkpoint.load(last) if resume is not None and last.exists() else None
-            results.append(fit(plain, data, folder, resume=earlier, recalibrate=recalibrate))
+            results.append(fit(plain, data, folder, resume=resume_plain, recalibrate=recalibrate))
         log.line("timing training steps of the fused and the plain model in turns")
         steps = compare_steps(config, data)
-    if not learning_curve(out / "learning_curve.png", results, f"{recipe.model} on {data.name}"):
+    picture = learning_curve(results, f"{recipe.model} on {data.name}")
+    if picture is not None:
+        checkpoint.write_atomically(out / "learning_curve.png", lambda file: file.write(picture))
+    else:
         log.line("no learning_curve.png: matplotlib is not installed (pip install 'fused_preact[train]')")
     log.line(f"\n{title}\n")
     models = ("fused", "plain") if compare else (results[0].name,)

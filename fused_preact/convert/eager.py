@@ -1,0 +1,182 @@
+"""``fuse`` and ``unfuse``: a model's modules with their forwards rewritten, in place."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..calls import observed
+from ..modules import Folded
+from .analysis import analyse, modes, put
+from .program import Program, structure_of
+from .runtime import UnitCall
+from .tracing import Untraceable
+from .verify import verify
+
+__all__ = ["fuse", "unfuse"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class FusedForward:
+    """The forward of ``owner`` with fused calls; hangs on the module as its ``forward``.
+
+    It traces the module's own forward when it is called in a mode, or with a form of arguments, that it has not seen,
+    and again after the module has changed; where nothing can be fused it runs the module as it was written.
+    """
+
+    is_fused = True
+    _KEPT = 8  # programs: two modes, a few forms of arguments
+
+    def __init__(self, owner: nn.Module, inline: list[nn.Module]) -> None:
+        self.owner = owner
+        self.inline = inline
+        self.programs: dict[Any, list[Program]] = {}
+        self.runs: dict[tuple[int, bool], Any] = {}
+        self.folded: Folded | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Programs belong to the modules of this process; a copy traces its own.
+        return {**self.__dict__, "programs": {}, "runs": {}}
+
+    @property
+    def matches(self) -> int:
+        """How many fused calls there are in the present state of the module, called with one tensor."""
+        program = self.program(1, (True,), {})
+        return 0 if program is None else program.matches
+
+    def unit(self) -> UnitCall | None:
+        """What the module computes with if it is now one residual unit and nothing else, else None."""
+        program = self.program(1, (True,), {})
+        return None if program is None else program.unit(self.owner)
+
+    def written(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward as it was written."""
+        return type(self.owner).forward(self.owner, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self._compiled(args, kwargs)
+        if not kwargs and all(isinstance(t, Tensor) for t in args):
+            key: Any = len(args)
+            tensors: Any = args
+        else:
+            key, tensors, _ = structure_of(args, kwargs)
+        if self.folded is not None and key == 1:
+            output = self.folded(args[0])
+            if output is not None:
+                return output
+        if not tensors or observed(tensors[0]):
+            return self.written(*args, **kwargs)
+        program = self.program(key, args, kwargs)
+        if program is None:
+            return self.written(*args, **kwargs)
+        return program.run(self.owner, *tensors)
+
+    def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call under ``torch.compile``, which reads the modules of the graph and so guards on what they are."""
+        if kwargs or not all(isinstance(t, Tensor) for t in args):
+            return self.written(*args, **kwargs)
+        key = len(args), self.owner.training
+        return self.runs[key](self.owner, *args) if self.prepared(*key) else self.written(*args)
+
+    def prepared(self, count: int, training: bool) -> bool:
+        """Whether :attr:`runs` has a program for ``count`` tensors now; ``torch.compile`` asks while it traces."""
+        program = self.program(count, (True,) * count, {})
+        if program is None:
+            return False
+        self.runs[count, training] = program.run
+        return True
+
+    # What torch.compiler.assume_constant_result does, which would import Dynamo (two seconds) with this package.
+    prepared._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def program(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
+        """The program for arguments of this form in the present state of the module, None where it runs as written."""
+        kept = self.programs.get(key, [])
+        for index, program in enumerate(kept):
+            if program.valid():
+                if index:
+                    kept.insert(0, kept.pop(index))  # a mode lasts
+                return program if program.matches else None
+        _, _, structure = structure_of(args, kwargs)
+        inline = set(map(id, self.inline))
+        try:
+            made = Program(self.owner, lambda m: id(m) in inline, structure)
+        except Untraceable:
+            return None
+        # As a whole, so that threads see one or the other.
+        self.programs = {**self.programs, key: [made, *kept][: self._KEPT]}
+        return made if made.matches else None
+
+
+def fuse(model: Model, example_input: Any = None) -> Model:
+    """Let every BN -> ReLU -> convolution site that is found in ``model`` run fused, in place; returns ``model``.
+
+    Found are the operations, whatever module, function or method they are spelled with: sites, chains of sites with the
+    residual addition at their end (a whole unit is then one call), and the head BN -> ReLU -> global average pool.
+    Everything else runs as it was written. The model is traced as a whole or block by block
+    (:mod:`torch.fx`); a block that cannot be traced is left alone. :func:`explain` says what became of each site.
+
+    Modules, parameters, buffers and their names stay the same objects, so optimisers, state dicts, hooks, copies and
+    pickles go on working. A later change of a module (another BN, a hook, a parametrisation, ``eval()``) is noticed at
+    the next call; a state that is neither an attribute of a module nor a tensor (a global variable, an object that a
+    module holds) is read when the model is traced.
+
+    With ``example_input`` (a tensor, or a tuple of the model's arguments) the fused model is compared with the plain
+    one, in training and evaluation, float64 and its own dtype: outputs, gradients and running statistics. On
+    disagreement the model is restored and a RuntimeError names the first tensor that differs.
+
+    Raises TypeError for something that is no module or is scripted, ValueError for uninitialised (lazy) parameters and
+    for an ``example_input`` that the model refuses; the model is then as it was. Warns once where nothing is found.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, allowed is a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: got a scripted module, allowed is the torch.nn.Module that it was made of")
+    for name, parameter in model.named_parameters():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"model: got the uninitialised parameter {name!r}, allowed is a model that has run once"
+            )
+    unfuse(model)
+    owners: dict[str, set[str]] = {}
+    with modes(model) as every:
+        for mode in every:
+            put(mode)
+            for path, inline in analyse(model).owners().items():
+                owners.setdefault(path, set()).update(inline)
+    if not owners and not _has_own(model):
+        warnings.warn(
+            f"fused_preact.fuse: found nothing to fuse in {type(model).__name__}; fused_preact.explain(model) says why",
+            UserWarning,
+            stacklevel=2,
+        )
+    fused = [
+        (module, FusedForward(module, [model.get_submodule(p) for p in sorted(inline) if p != path]))
+        for path, inline in owners.items()
+        for module in (model.get_submodule(path),)
+    ]
+    if example_input is not None:
+        verify(model, fused, example_input)
+    for module, forward in fused:
+        module.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undo :func:`fuse`: every forward is as it was written; returns ``model``. TypeError where it is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, allowed is a torch.nn.Module")
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedForward):
+            del module.__dict__["forward"]
+    return model
+
+
+def _has_own(model: nn.Module) -> bool:
+    """Whether the model holds modules of this package, which are fused by themselves."""
+    return any(type(m).__module__.startswith("fused_preact.") for m in model.modules())

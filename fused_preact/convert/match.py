@@ -1,0 +1,402 @@
+"""The matcher: sites, chains of sites with their shortcut, and heads in an FX graph.
+
+It knows operations, never class names. A *site* is BN -> ReLU -> convolution whose activation nobody else needs; a
+*chain* is one or more sites, each reading what the one before made, and perhaps an addition at its end: with the
+shortcut of He et al. 2016 it is a whole residual unit. Both read raw ``x`` where the chain ends instead of where it
+began, so nothing may write to ``x`` in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, Node
+
+from .roles import Add, Convolve, Modules, Normalise, Pad, Pool, Relu, Role, Same, role_of, written_operand
+
+__all__ = ["Chain", "Found", "Head", "Left", "Site", "match"]
+
+
+@dataclass(eq=False)
+class Site:
+    """BN -> ReLU -> convolution."""
+
+    norm: Normalise
+    relu: Relu
+    conv: Convolve
+    between: list[Role]
+    """What passes the tensor on, or pads it, between the three."""
+    x: Node
+
+    def nodes(self) -> list[Node]:
+        return [self.norm.node, self.relu.node, *(role.node for role in self.between), self.conv.node]
+
+
+@dataclass(eq=False)
+class Chain:
+    """Sites, and what is added to the output of the last."""
+
+    sites: list[Site]
+    add: Add | None = None
+    shortcut: str | None = None
+    """"identity" (``x`` of the first site), "activation" (its activation), "projection" or "residual"."""
+    projection: Site | None = None
+    residual: Node | None = None
+    siblings: list[Site] = field(default_factory=list)
+    """Sites of other chains that read the activation of the first site too."""
+
+    @property
+    def x(self) -> Node:
+        return self.sites[0].x
+
+    @property
+    def last(self) -> Node:
+        """The node whose value the chain computes."""
+        return self.sites[-1].conv.node if self.add is None else self.add.node
+
+    def nodes(self) -> list[Node]:
+        """All that the chain takes the place of."""
+        sites = [*self.sites, *([] if self.projection is None else [self.projection])]
+        found = [node for site in sites for node in site.nodes()]
+        return list(dict.fromkeys([*found, *([] if self.add is None else [self.add.node])]))
+
+
+@dataclass(eq=False)
+class Head:
+    """BN -> ReLU -> global average pool."""
+
+    norm: Normalise
+    relu: Relu
+    pool: Pool
+    between: list[Role]
+    x: Node
+
+    @property
+    def last(self) -> Node:
+        return self.pool.node
+
+    def nodes(self) -> list[Node]:
+        return [self.norm.node, self.relu.node, *(role.node for role in self.between), self.pool.node]
+
+
+@dataclass(eq=False)
+class Left:
+    """A convolution (or a normalisation before a pool) that stays as it is, and why."""
+
+    node: Node
+    reason: str
+
+
+@dataclass(eq=False)
+class Found:
+    """What :func:`match` found."""
+
+    chains: list[Chain]
+    heads: list[Head]
+    left: list[Left]
+    values: Values
+    additions: list[Add]
+    """Residual additions that no chain makes."""
+
+
+class Values:
+    """Who reads which value, with in-place operations taken as making a new value of the same tensor."""
+
+    def __init__(self, graph: Graph, modules: Modules) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.roles = {node: role_of(node, modules) for node in graph.nodes}
+        self.writes = {node: written_operand(node, modules) for node in graph.nodes}
+        self.readers: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
+        self._read: dict[tuple[Node, Node], Node] = {}
+        self._family: dict[Node, Node] = {}
+        now: dict[Node, Node] = {}
+        for node in graph.nodes:
+            for operand in node.all_input_nodes:
+                value = now.get(operand, operand)
+                self._read[node, operand] = value
+                self.readers[value].append(node)
+            written = self.writes[node]
+            role = self.roles[node]
+            if written is not None:
+                before = now.get(written, written)
+                for name, value in [*now.items(), (written, before)]:
+                    if value is before:
+                        now[name] = node
+                self._join(node, written)
+            elif role is None or isinstance(role, Same):
+                # Whatever is not known to make a new tensor may hand on one of its operands, or a view of it.
+                for operand in node.all_input_nodes:
+                    self._join(node, operand)
+
+    def value(self, node: Node, operand: Node) -> Node:
+        """What ``node`` reads under the name ``operand``."""
+        return self._read[node, operand]
+
+    def operands(self, node: Node, value: Node) -> list[Node]:
+        """The names under which ``node`` reads ``value``."""
+        return [operand for operand in node.all_input_nodes if self._read[node, operand] is value]
+
+    def _root(self, node: Node) -> Node:
+        while node in self._family:
+            node = self._family[node]
+        return node
+
+    def _join(self, a: Node, b: Node) -> None:
+        a, b = self._root(a), self._root(b)
+        if a is not b:
+            self._family[a] = b
+
+    def written_between(self, x: Node, begin: Node, end: Node, own: set[Node]) -> bool:
+        """Whether a node between two others, not one of ``own``, writes to memory that ``x`` may share."""
+        family = self._root(x)
+        return any(
+            written is not None
+            and self.order[begin] < self.order[node] < self.order[end]
+            and node not in own
+            and self._root(written) is family
+            for node, written in self.writes.items()
+        )
+
+    def fresh(self, node: Node) -> bool:
+        """Whether ``node`` makes a tensor that nobody outside of the graph can see."""
+        return self.roles[node] is not None and not isinstance(self.roles[node], Same)
+
+
+def match(graph: Graph, modules: Modules) -> Found:
+    """Everything that can run fused; chains do not overlap."""
+    values = Values(graph, modules)
+    left: list[Left] = []
+    sites: list[Site] = []
+    for role in values.roles.values():
+        if isinstance(role, Convolve):
+            found = _site(role, values)
+            (sites if isinstance(found, Site) else left).append(found)  # type: ignore[arg-type]
+    sites = list(_undisturbed(sites, values, left))
+    chains = _chains(sites, values)
+    heads = []
+    for role in values.roles.values():
+        if isinstance(role, Pool):
+            head = _head(role, values)
+            if isinstance(head, Head):
+                heads.append(head)
+            elif head is not None:
+                left.append(head)
+    made = {chain.add.node for chain in chains if chain.add is not None}
+    additions = [r for r in values.roles.values() if isinstance(r, Add) and r.node not in made]
+    return Found(chains, heads, left, values, additions)
+
+
+def _through(value: Node, values: Values, pads: bool = False) -> tuple[Node, list[Role]]:
+    """``value`` with what passes it on (or pads it) taken off."""
+    between: list[Role] = []
+    role = values.roles.get(value)
+    while isinstance(role, Same) or (pads and isinstance(role, Pad)):
+        between.append(role)
+        value = values.value(role.node, role.x)
+        role = values.roles.get(value)
+    return value, between
+
+
+def _readers(value: Node, values: Values) -> Iterator[Node]:
+    """Who reads ``value``, also by way of what passes it on or pads it."""
+    for reader in values.readers[value]:
+        if isinstance(values.roles[reader], Same | Pad):
+            yield from _readers(reader, values)
+        else:
+            yield reader
+
+
+def _activation(end: Role, values: Values) -> tuple[Normalise, Relu, list[Role], Node] | Left:
+    """The BN and the ReLU that ``end`` reads the activation of, what is between, and the BN's input."""
+    a, between = _through(values.value(end.node, end.x), values, pads=True)
+    relu = values.roles.get(a)
+    if isinstance(relu, Normalise):
+        return Left(end.node, "no ReLU between the normalisation and it")
+    if not isinstance(relu, Relu):
+        return Left(end.node, f"reads {_called(a)}, not a ReLU")
+    z, more = _through(values.value(relu.node, relu.x), values)
+    norm = values.roles.get(z)
+    if not isinstance(norm, Normalise):
+        return Left(end.node, f"its ReLU reads {_called(z)}, no plain BatchNorm2d")
+    if any(reader is not relu.node for reader in _readers(z, values)):
+        return Left(end.node, "the normalised tensor is needed elsewhere too")
+    return norm, relu, [*between, *more], values.value(norm.node, norm.x)
+
+
+def _called(node: Node) -> str:
+    if node.op == "placeholder":
+        return "what it is given"
+    target = (
+        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    )
+    return f"{target!r}"
+
+
+def _site(conv: Convolve, values: Values) -> Site | Left:
+    found = _activation(conv, values)
+    if isinstance(found, Left):
+        return found
+    norm, relu, between, x = found
+    pads = [role.size for role in between if isinstance(role, Pad)]
+    if pads:
+        pad = sum(rows for rows, _ in pads), sum(columns for _, columns in pads)
+        conv = Convolve(conv.node, conv.x, conv.module, conv.tensors, conv.constants, pad)
+    return Site(norm, relu, conv, between, x)
+
+
+def _head(pool: Pool, values: Values) -> Head | Left | None:
+    found = _activation(pool, values)
+    if isinstance(found, Left):
+        return None
+    norm, relu, between, x = found
+    if any(isinstance(role, Pad) for role in between):
+        return None
+    if any(reader is not pool.node for reader in _readers(relu.node, values)):
+        return Left(pool.node, "the activation is needed elsewhere too")
+    head = Head(norm, relu, pool, between, x)
+    if values.written_between(x, norm.node, pool.node, set(head.nodes())):
+        return Left(pool.node, "its input is written to in between")
+    return head
+
+
+def _undisturbed(sites: list[Site], values: Values, left: list[Left]) -> Iterator[Site]:
+    """The sites whose activation nobody but convolutions (and one addition) needs, and whose x stays as it is."""
+    by_relu: dict[Node, list[Site]] = {}
+    for site in sites:
+        by_relu.setdefault(site.relu.node, []).append(site)
+    for relu, group in by_relu.items():
+        convs = {site.conv.node for site in group}
+        others = [reader for reader in _readers(relu, values) if reader not in convs]
+        # A shortcut that carries the activation itself: whether a chain takes it is seen later.
+        carried = [r for r in others if isinstance(values.roles[r], Add)]
+        for site in group:
+            own = {node for s in group for node in s.nodes()}
+            if len(others) > len(carried) or len(carried) > 1:
+                reason = f"the activation is needed by {_called(next(r for r in others))} too"
+                left.append(Left(site.conv.node, reason))
+            elif values.written_between(site.x, site.norm.node, site.conv.node, own):
+                left.append(Left(site.conv.node, "its input is written to in between"))
+            else:
+                yield site
+
+
+def _chains(sites: list[Site], values: Values) -> list[Chain]:
+    by_conv = {site.conv.node: site for site in sites}
+    by_relu: dict[Node, list[Site]] = {}
+    for site in sites:
+        by_relu.setdefault(site.relu.node, []).append(site)
+
+    def before(site: Site) -> Site | None:
+        """The site whose output ``site`` alone reads."""
+        if len(by_relu[site.relu.node]) > 1 or len(list(_readers(site.relu.node, values))) > 1:
+            return None
+        source, _ = _through(site.x, values)
+        earlier = by_conv.get(source)
+        if earlier is None or list(_readers(source, values)) != [site.norm.node]:
+            return None
+        return earlier
+
+    def row(site: Site) -> list[Site]:
+        """The chain that ends with ``site``."""
+        found = [site]
+        while (earlier := before(found[0])) is not None:
+            found.insert(0, earlier)
+        return found
+
+    taken: set[Node] = set()
+    chains: list[Chain] = []
+    for role in values.roles.values():
+        if isinstance(role, Add):
+            candidates = [c for c in _endings(role, by_conv, by_relu, row, values) if _free(c, taken, values)]
+            if candidates:
+                chain = max(candidates, key=lambda c: (c.shortcut != "residual", len(c.sites)))
+                chains.append(chain)
+                taken.update(chain.nodes())
+    for site in reversed(sites):
+        if site.conv.node not in taken:
+            rest: list[Site] = []
+            for member in reversed(row(site)):
+                if member.conv.node in taken:
+                    break
+                rest.insert(0, member)
+            chain = Chain(rest)
+            while not _free(chain, set(), values):
+                chain = Chain(chain.sites[1:])
+            chains.append(chain)
+            taken.update(node for s in chain.sites for node in (s.conv.node,))
+    return _with_siblings(chains, values)
+
+
+def _free(chain: Chain, taken: set[Node], values: Values) -> bool:
+    """Whether the chain overlaps no other and nothing that it reads is written to before it runs."""
+    if any(
+        site.conv.node in taken for site in [*chain.sites, *([chain.projection] if chain.projection else [])]
+    ):
+        return False
+    own = set(chain.nodes())
+    begin, end = chain.sites[0].norm.node, chain.last
+    if values.written_between(chain.x, begin, end, own):
+        return False
+    residual = chain.residual
+    return residual is None or not values.written_between(residual, residual, end, own)
+
+
+def _endings(
+    add: Add,
+    by_conv: dict[Node, Site],
+    by_relu: dict[Node, list[Site]],
+    row: object,
+    values: Values,
+) -> Iterator[Chain]:
+    """The chains that ``add`` may be the end of."""
+    a, b = values.value(add.node, add.x), values.value(add.node, add.other)
+    if a is b:
+        return
+    written = values.writes[add.node]
+    if written is not None and not values.fresh(values.value(add.node, written)):
+        return  # somebody else sees that tensor change
+    for tail, other in ((a, b), (b, a)):
+        source, _ = _through(tail, values)
+        site = by_conv.get(source)
+        if site is None or list(_readers(source, values)) != [add.node]:
+            continue
+        sites: list[Site] = row(site)  # type: ignore[operator]
+        first = sites[0]
+        shared = [reader for reader in _readers(first.relu.node, values) if reader is not first.conv.node]
+        plain, _ = _through(other, values)
+        x, _ = _through(first.x, values)
+        projection = by_conv.get(plain)
+        if plain is x and not shared:
+            yield Chain(sites, add, "identity")
+        elif plain is first.relu.node and shared == [add.node]:
+            yield Chain(sites, add, "activation")
+        elif (
+            projection is not None
+            and projection.relu is first.relu
+            and projection is not first
+            and list(_readers(plain, values)) == [add.node]
+            and shared == [projection.conv.node]
+        ):
+            yield Chain(sites, add, "projection", projection)
+        else:
+            yield Chain(sites, add, "residual", residual=other)
+
+
+def _with_siblings(chains: list[Chain], values: Values) -> list[Chain]:
+    """Chains whose first activation an addition needs that is not theirs fall away; the others know their siblings."""
+    by_relu: dict[Node, list[Chain]] = {}
+    for chain in chains:
+        by_relu.setdefault(chain.sites[0].relu.node, []).append(chain)
+    kept = []
+    for relu, group in by_relu.items():
+        own = {
+            site.conv.node for c in group for site in (c.sites[0], *([c.projection] if c.projection else []))
+        }
+        own |= {c.add.node for c in group if c.add is not None and c.shortcut == "activation"}
+        if any(reader not in own for reader in _readers(relu, values)):
+            continue
+        for chain in group:
+            chain.siblings = [other.sites[0] for other in group if other is not chain]
+            kept.append(chain)
+    return sorted(kept, key=lambda chain: values.order[chain.last])

@@ -1,0 +1,223 @@
+"""Symbolic tracing of a module's forward, with what cannot be traced left as a call.
+
+``torch.fx.Tracer`` and four things more: a submodule that fails to trace, draws random numbers in Python, sets
+attributes or asks for the type of a value stays a call of that module, with the reason; buffers are read when the graph
+runs; and whoever is called with lists of tensors is traced with lists.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node, Proxy
+from torch.utils import _pytree as pytree
+
+from ..calls import has_hooks, is_batch_norm, is_convolution
+
+__all__ = ["Traced", "Untraceable", "asserts_images", "trace"]
+
+Structure = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a call, with True in the place of each tensor."""
+
+
+class Untraceable(Exception):
+    """Says why a module cannot be traced."""
+
+
+class _Proxy(Proxy):
+    """A traced value. Code that asks whether it is a tensor would be told that it is not, and do something else."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # (It cannot say that it is one: PyTorch's C++ code asks in the same way and would take it for one.)
+        frame = sys._getframe(1)
+        name = frame.f_globals.get("__name__", "")
+        if "isinstance" in frame.f_code.co_names and not name.startswith(("torch.", "fused_preact.")):
+            raise Untraceable("it asks for the type of a tensor")
+        return type(self)
+
+
+class Traced:
+    """A graph of what ``root`` does, the modules whose code is in it, and those that stay calls though not PyTorch's."""
+
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, inlined: list[nn.Module], opaque: dict[str, str]
+    ) -> None:
+        self.root, self.graph, self.inlined, self.opaque = root, graph, inlined, opaque
+
+    def module(self, path: str) -> nn.Module:
+        return self.root.get_submodule(path)
+
+
+def trace(
+    root: nn.Module, structure: Structure | None = None, inline: Callable[[nn.Module], bool] | None = None
+) -> Traced:
+    """Trace ``root``; ``inline`` says which modules' code is to be in the graph (all that are not PyTorch's).
+
+    Without ``structure`` it is called with its required arguments, all tensors. Raises :class:`Untraceable`.
+    """
+    if "forward" in root.__dict__ and not getattr(root.__dict__["forward"], "is_fused", False):
+        raise Untraceable("its forward was replaced on the instance")
+    tracer = _Tracer(structure, inline)
+    state = _State(root)
+    try:
+        graph = tracer.trace(root)
+    except Exception as error:
+        raise Untraceable(_reason(error)) from error
+    finally:
+        changed = state.restore()
+    if changed:
+        raise Untraceable(changed)
+    for node in list(graph.nodes):
+        # Of what the graph makes from images; the same question about an input stays, for whoever gives another.
+        if asserts_images(node) and node.all_input_nodes[0].all_input_nodes[0].op != "placeholder":
+            compared = node.all_input_nodes[0]
+            size = compared.all_input_nodes[0]
+            for gone in (node, compared, size):
+                graph.erase_node(gone)
+    return Traced(root, graph, [root, *tracer.inlined], tracer.opaque)
+
+
+def asserts_images(node: Node) -> bool:
+    """Whether ``node`` asserts of a value that it has four dimensions, and nobody else reads the comparison."""
+    compared = node.args[0] if node.target is torch._assert else None
+    if not isinstance(compared, Node) or compared.target is not operator.eq or compared.args[1:] != (4,):
+        return False
+    size = compared.args[0]
+    if not isinstance(size, Node) or len(compared.users) > 1 or len(size.users) > 1 or node.users:
+        return False
+    return (size.target is getattr and size.args[1:] == ("ndim",)) or (size.op, size.target) == (
+        "call_method",
+        "dim",
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Untraceable):
+        return str(error)
+    if "control flow" in str(error) or "bool" in str(error):
+        return "its control flow depends on the data"
+    return f"cannot be traced ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+
+
+class _State:
+    """What tracing must not change: random streams, and the attributes of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.held = [module.__dict__, module._parameters, module._buffers, module._modules]
+        self.before = [dict(held) for held in self.held]
+        self.random, self.torch = random.getstate(), torch.get_rng_state()
+        numpy = sys.modules.get("numpy")
+        self.numpy = None if numpy is None else numpy.random.get_state()
+
+    def restore(self) -> str | None:
+        """Undo what changed; says what, or None."""
+        reason = None
+        if random.getstate() != self.random:
+            random.setstate(self.random)
+            reason = "it draws random numbers in Python"
+        if not torch.equal(torch.get_rng_state(), self.torch):
+            torch.set_rng_state(self.torch)
+            reason = "it draws random numbers in Python"
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and self.numpy is not None:
+            now = numpy.random.get_state()
+            if now[2:] != self.numpy[2:] or (now[1] != self.numpy[1]).any():
+                numpy.random.set_state(self.numpy)
+                reason = "it draws random numbers in Python"
+        for held, before in zip(self.held, self.before, strict=True):
+            if len(held) != len(before) or any(held.get(k, held) is not v for k, v in before.items()):
+                held.clear()
+                held.update(before)
+                reason = "its forward sets attributes"
+        return reason
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, structure: Structure | None, inline: Callable[[nn.Module], bool] | None) -> None:
+        super().__init__()
+        self.structure, self.inline = structure, inline
+        self.inlined: list[nn.Module] = []
+        self.opaque: dict[str, str] = {}
+
+    def proxy(self, node: Node) -> Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is _Proxy else super().create_arg(a)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """Placeholders for the tensors among the arguments; what has a default keeps it."""
+        if self.structure is None:
+            code = root_fn.__code__
+            if code.co_kwonlyargcount or code.co_flags & 0x0C:  # *args, **kwargs
+                raise Untraceable("its forward takes a variable number of arguments")
+            required = code.co_argcount - 1 - len(root_fn.__defaults__ or ())
+            self.structure = (True,) * required, {}
+        leaves, spec = pytree.tree_flatten(self.structure)
+        leaves = [
+            self.create_proxy("placeholder", f"arg{i}", (), {}) if leaf is True else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        root = self.root
+
+        def call(*args: Any) -> Any:
+            return root_fn(root, *args, **kwargs)
+
+        return call, args
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # Without the cache: nodes of a submodule that turned out opaque are erased.
+        return super().getattr(attr, attr_val, {})
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if is_batch_norm(m) or is_convolution(m) or m.__module__.startswith("fused_preact."):
+            return m.__module__ != "fused_preact.modules" or bool(getattr(m, "fused", False))
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        if self.inline is not None and not self.inline(m):
+            return self._opaque(m, path, args, kwargs, None)
+        if has_hooks(m) and self.inline is None:
+            return self._opaque(m, path, args, kwargs, "has hooks")
+        last = next(iter(reversed(self.graph.nodes)), None)
+        stack, calls, inlined = dict(self.module_stack), dict(self.num_calls), len(self.inlined)
+        state = _State(m)
+        error: str | None = None
+        value: Any = None
+        try:
+            self.inlined.append(m)
+            value = super().call_module(m, forward, args, kwargs)
+        except Exception as failure:
+            error = _reason(failure)
+        error = state.restore() or error
+        if error is None:
+            return value
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+        self.module_stack.clear()
+        self.module_stack.update(stack)
+        self.num_calls.clear()
+        self.num_calls.update(calls)
+        del self.inlined[inlined:]
+        return self._opaque(m, path, args, kwargs, error)
+
+    def _opaque(self, m: nn.Module, path: str, args: Any, kwargs: Any, reason: str | None) -> Any:
+        if reason is not None:
+            self.opaque[path] = reason
+        return self.create_proxy("call_module", path, args, kwargs)
