@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .calls import has_hooks, observed, runs
+from .calls import has_hooks, observed
 from .convert.analysis import modes, put
 from .convert.eager import FusedForward
 from .folding import (
@@ -31,7 +31,7 @@ from .folding import (
     run_stem,
 )
 from .functional import to_native_format
-from .modules import PreActSequential, Stem, _PreActUnit
+from .modules import PreActSequential, Stem, _PreActUnit, takes_statistics
 from .reference import memory_format_of
 
 __all__ = ["optimize_for_inference", "undo_optimize_for_inference"]
@@ -124,7 +124,7 @@ def _unit(module: nn.Module) -> UnitArguments | None:
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
     """What a sequence of units calls one after the other; a module that is no such sequence is itself the leaf."""
-    ours = type(module) is PreActSequential and runs(module, PreActSequential.forward)
+    ours = type(module) is PreActSequential and takes_statistics(module)
     if ours or (type(module) is nn.Sequential and _runs_in_a_row(module)):
         for child in module.children():
             yield from _leaves(child)

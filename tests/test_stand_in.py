@@ -249,7 +249,20 @@ def _pruned(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitSta
     prune.l1_unstructured(getattr(owner, name), "weight", 0.5)
 
 
+def _function(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitStack) -> None:
+    """No module at all."""
+    child: Any = getattr(owner, name)
+    delattr(owner, name)
+
+    def call(x: Tensor) -> Tensor:
+        heard()
+        return 2 * child(x)
+
+    setattr(owner, name, call)
+
+
 ANY: dict[str, Change] = {
+    "function": _function,
     "forward-hook": _hook("register_forward_hook"),
     "forward-pre-hook": _hook("register_forward_pre_hook"),
     "backward-hook": _hook("register_full_backward_hook"),
@@ -316,6 +329,7 @@ SHORTCUT: dict[str, Change] = {
     "normalised": _put(lambda conv, heard: nn.Sequential(conv, nn.BatchNorm2d(9))),
     "wrapped": _put(lambda conv, heard: _Adapted(conv, heard)),
 }
+SHORTCUT_FUSED: dict[str, Change] = {"nothing": lambda owner, name, heard, stack: None}
 
 
 # --- where ------------------------------------------------------------------------------------------------------
@@ -339,6 +353,7 @@ PLACES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], tuple[nn.Module
     "unit-first-bn": (lambda: PreActBasicBlock(6, 9, 2), lambda m: (m, "bn1"), "bn"),
     "unit-last-conv": (lambda: PreActBottleneck(6, 12), lambda m: (m, "conv3"), "conv-1x1"),
     "unit-shortcut": (lambda: PreActBasicBlock(6, 9, 2), lambda m: (m, "shortcut"), "shortcut"),
+    "unit-padding": (lambda: PreActBasicBlock(6, 9, 2, shortcut="A"), lambda m: (m, "shortcut"), "padding"),
     "sequence-bn": (_row, lambda m: (m[1][0], "bn2"), "bn"),
     "sequence-conv": (_row, lambda m: (m[1][1], "conv1"), "conv"),
     "head": (_tiny, lambda m: (m, "bn"), "bn"),
@@ -350,7 +365,8 @@ _CHANGES = {
         {k: v for k, v in {**ANY, **CONV}.items() if not k.startswith(("reflected", "identity"))},
         CONV_FUSED,
     ),
-    "shortcut": ({**{k: v for k, v in ANY.items() if k != "identity"}, **SHORTCUT}, {}),
+    "shortcut": ({**{k: v for k, v in ANY.items() if k != "identity"}, **SHORTCUT}, SHORTCUT_FUSED),
+    "padding": ({k: v for k, v in ANY.items() if k != "identity"}, SHORTCUT_FUSED),
 }
 CASES = [
     pytest.param(place, change, fused, id=f"{place}-{name}")
@@ -516,7 +532,14 @@ def _unit_patched() -> nn.Module:
     return unit
 
 
+def _hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, args, y: 0.5 * y)
+    return module
+
+
 WRAPPED = {
+    "unit-hooked": _wrap(lambda: _hooked(PreActBasicBlock(6, 6))),
+    "sequence-hooked": _wrap(lambda: _hooked(PreActSequential(PreActBasicBlock(6, 6)))),
     "unit-subclass": _wrap(lambda: Halved(6, 6)),
     "unit-instance": _wrap(_unit_patched),
     "sequence-subclass": _wrap(lambda: Reversed(PreActBasicBlock(6, 6))),
@@ -545,12 +568,53 @@ def test_units(wrapped: str, fused: bool, mode: str) -> None:
     same(found, run_as_sequence(set_fused(module, False)))
 
 
+@pytest.mark.parametrize("when", ["plain", "fused", "folded-before", "folded-after"])
+@pytest.mark.parametrize("patched", ["unit", "sequence"])
+def test_forwards_patched_on_our_classes(patched: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row: Any = disturb(PreActSequential(PreActSequential(PreActBasicBlock(6, 6)))).eval()
+    set_fused(row, when != "plain")
+    x = torch.randn(2, 6, 5, 5)
+    cls: Any = PreActSequential if patched == "sequence" else modules._PreActUnit
+    forward = cls.forward
+    with torch.no_grad():
+        expected = row(x)
+        if when == "folded-after":
+            optimize_for_inference(row)(x)
+        monkeypatch.setattr(cls, "forward", lambda self, x: 2 * forward(self, x))
+        if when == "folded-before":
+            optimize_for_inference(row)
+        torch.testing.assert_close(row(x), expected * (4 if patched == "sequence" else 2))
+
+
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_buffers())
 
 
 def run_as_sequence(module: Any) -> dict[str, Tensor]:
     return run(nn.Sequential(*module), True)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "folded"])
+def test_global_hooks_hear_every_module(mode: str) -> None:
+    """In the order of the plain model's calls, units and sequences too."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(1)
+        net = set_fused(disturb(_tiny()), fused).train(mode == "train")
+        names = {module: name for name, module in net.named_modules()}
+        heard: list[str] = []
+        x = torch.randn(3, 6, 8, 6)
+        with torch.set_grad_enabled(mode == "train"):
+            if mode == "folded" and fused:
+                optimize_for_inference(net)(x)
+            handle = nn.modules.module.register_module_forward_pre_hook(
+                lambda module, args, heard=heard, names=names: heard.append(names[module])
+            )
+            net(x)
+        handle.remove()
+        found.append(heard)
+    assert found[0] == found[1]
+    assert len(found[0]) == len(names)
 
 
 # --- transforms and tracers ---------------------------------------------------------------------------------------
