@@ -54,8 +54,8 @@ class UnitFunction(torch.autograd.Function):
             update(made)  # type: ignore[arg-type]
 
         ctx.unit, ctx.backend, ctx.memo = unit, backend, memo
-        # For a differentiable backward, which Dynamo has not: gamma, beta and bias of each site, the projection's bias.
-        # Not saved as the others are: plain PyTorch does not mind that a bias has changed meanwhile.
+        # For a differentiable backward, which Dynamo has not: the projection's bias, gamma, beta and bias of each
+        # site. Not saved as the others are: plain PyTorch does not mind that a bias has changed meanwhile.
         end = 4 + 4 * count
         vectors = tensors[3], tensors[4:end:4], tensors[5:end:4], tensors[7:end:4]
         ctx.vectors = None if torch.compiler.is_compiling() else vectors

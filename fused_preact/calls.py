@@ -24,6 +24,7 @@ __all__ = [
     "is_batch_norm",
     "is_convolution",
     "observed",
+    "recomputing",
     "runs",
     "runs_batch_norm",
     "runs_convolution",
@@ -59,6 +60,14 @@ def transforming() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward pass: activation checkpointing does it over again.
+
+    Running statistics are those of the first time; to update them once more would count the batch twice.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def observed(input: Any) -> bool:

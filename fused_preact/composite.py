@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import BatchNorm, Convolution
+from .calls import recomputing
 
 __all__ = ["activated", "bn_relu_avg_pool", "unit"]
 
@@ -40,6 +41,8 @@ def bn_relu_avg_pool(x: Tensor, bn: BatchNorm) -> Tensor:
 
 def activated(x: Tensor, bn: BatchNorm) -> Tensor:
     """ReLU of what ``nn.BatchNorm2d.forward`` returns; updates running statistics."""
+    if bn.training and recomputing():
+        bn = bn._replace(running_mean=None, running_var=None, num_batches_tracked=None)
     momentum = bn.momentum
     if bn.training and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)

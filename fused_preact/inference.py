@@ -44,9 +44,10 @@ _IN_A_ROW = nn.Sequential.forward  # as it was at import: see calls.py
 def optimize_for_inference(model: Model) -> Model:
     """Let the units of ``model`` run with folded, prepacked weights where nobody needs a gradient; returns ``model``.
 
-    Units are ours, and the blocks of other models that :func:`fuse` made one call of. Takes effect in eval mode under ``torch.no_grad()`` or ``torch.inference_mode()``. Parameters, buffers and state
-    dict stay as they are, training goes on as before, and :func:`undo_optimize_for_inference` removes it again. The
-    copies take about the memory of the weights (in float32 on a CPU).
+    Units are ours, and the blocks of other models that :func:`fuse` made one call of. Takes effect in eval mode under
+    ``torch.no_grad()`` or ``torch.inference_mode()``. Parameters, buffers and state dict stay as they are, training
+    goes on as before, and :func:`undo_optimize_for_inference` removes it again. The copies take about the memory of
+    the weights (in float32 on a CPU).
 
     Whatever a copy was made of is compared at each call, by identity, address and version: after ``load_state_dict``,
     an optimiser's step, ``.to()`` or another ``eps`` it is made anew. Writes that PyTorch does not count
@@ -75,7 +76,7 @@ def optimize_for_inference(model: Model) -> Model:
     if not (ours or installed):
         raise ValueError(
             f"model: got a {type(model).__name__} without residual units, allowed is a network that holds some: "
-            "fused_preact's (PreActBasicBlock, PreActBottleneck), or blocks that fused_preact.fuse(model) has made one"
+            "PreActBasicBlock, PreActBottleneck, or blocks that fused_preact.fuse(model) has made into one"
         )
     return model
 
@@ -96,7 +97,7 @@ def undo_optimize_for_inference(model: Model) -> Model:
 
 
 def _install(module: nn.Module) -> bool:
-    """Chains as long as possible: a sequence of foldable units is one, however it is nested. Says if there are any."""
+    """Chains as long as possible: a sequence of foldable units is one, however it is nested. Whether there are any."""
     chain = list(_leaves(module))
     if isinstance(module, Stem) or (chain and all(_unit(m) is not None for m in chain)):
         slot: Any = module

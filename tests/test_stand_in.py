@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -774,7 +775,8 @@ def test_one_value_per_channel(training: bool) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("segments", [1, 2])
-def test_checkpoints_update_statistics_as_plain(reentrant: bool, segments: int) -> None:
+def test_checkpoints_update_statistics_once(reentrant: bool, segments: int) -> None:
+    """As without a checkpoint, fused and plain; ``torch.nn.BatchNorm2d`` alone would count the batch twice."""
     from torch.utils.checkpoint import checkpoint_sequential
 
     found = []
@@ -782,8 +784,36 @@ def test_checkpoints_update_statistics_as_plain(reentrant: bool, segments: int) 
         torch.manual_seed(1)
         row = PreActSequential(*(PreActBasicBlock(6, 6) for _ in range(4)))
         row = set_fused(disturb(row), fused).train()
+        direct = copy.deepcopy(row)
         x = torch.randn(2, 6, 5, 5, requires_grad=True)
         checkpoint_sequential(row, segments, x, use_reentrant=reentrant).sum().backward()
         assert x.grad is not None
         found.append({"dx": x.grad, **dict(row.named_buffers())})
+        x.grad = None
+        direct(x).sum().backward()
+        same(found[-1], {"dx": x.grad, **dict(direct.named_buffers())})
     same(found[1], found[0])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_of_a_network(reentrant: bool) -> None:
+    """Head and site too, and a converted model's fused sites."""
+    from torch.utils.checkpoint import checkpoint
+
+    for fused in (True, False):
+        net = set_fused(disturb(_tiny()), fused).train()
+        x = torch.randn(2, 6, 8, 6, requires_grad=True)
+        checkpoint(net, x, use_reentrant=reentrant).sum().backward()
+        site = PreActConv2d(6, 6, 3, fused=fused)
+        checkpoint(site, x, use_reentrant=reentrant).sum().backward()
+        counters = [
+            m.num_batches_tracked
+            for part in (net, site)
+            for m in part.modules()
+            if isinstance(m, nn.BatchNorm2d)
+        ]
+        assert set(map(int, counters)) == {1}
+    plain = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3))
+    model: Any = fused_preact.fuse(plain)
+    checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    assert int(model[0].num_batches_tracked) == 1

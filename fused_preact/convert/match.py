@@ -135,7 +135,7 @@ class Values:
 
     def operands(self, node: Node, value: Node) -> list[Node]:
         """The names under which ``node`` reads ``value``."""
-        return [operand for operand in node.all_input_nodes if self._read[node, operand] is value]
+        return [operand for operand in node.all_input_nodes if self._read.get((node, operand)) is value]
 
     def _root(self, node: Node) -> Node:
         while node in self._family:
