@@ -97,6 +97,11 @@ def _other_attribute(model: Any) -> None:
     conv._conv_forward = lambda x, weight, bias: plain(x, 2 * weight, bias)
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "load_state_dict": _load,
     "load_state_dict-assign": _assign,
@@ -114,6 +119,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "foreign-added": lambda m: m.append(nn.Hardtanh(-0.1, 0.1)),
     "inference-mode-assign": _assign_in_inference_mode,
     "parameters-swapped": _other_parameters,
+    "class-changed": lambda m: setattr(m[1].conv2, "__class__", Doubled),
     "attribute-swapped": _other_attribute,
     "plain": lambda m: setattr(m[0], "fused", False),
 }

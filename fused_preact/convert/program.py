@@ -42,7 +42,7 @@ class Program:
     def __init__(self, owner: nn.Module, inline: Callable[[nn.Module], bool], structure: Structure) -> None:
         traced = trace(owner, structure, inline)
         found = match(traced.graph, traced.module)
-        self.matches = len(found.chains) + len(found.heads)
+        self.matches = len(found.matches)
         self._watch(owner, traced, found)
         self._unit: tuple[ChainCall, list[str | None]] | None = None
         if self.matches:
@@ -67,7 +67,7 @@ class Program:
         self._norms: list[nn.Module] = []
         self._convs: list[nn.Module] = []
         replaced: list[nn.Module] = []
-        for m in (*found.chains, *found.heads):
+        for m in found.matches:
             for node in m.nodes():
                 if node.op == "call_module":
                     module = traced.module(str(node.target))
@@ -145,7 +145,7 @@ def _whole(traced: Traced) -> tuple[ChainCall, list[str | None]] | None:
     known = all(node is None or (isinstance(node, Node) and node.op == "get_attr") for node in given)
     if made.args[0] is not x or output.args[0] is not made or not known:
         return None
-    return call, [node.target if isinstance(node, Node) else None for node in given]
+    return call, [str(node.target) if isinstance(node, Node) else None for node in given]
 
 
 def _compiled(traced: Traced) -> Callable[..., Any]:
