@@ -139,9 +139,12 @@ class IdentityProjection(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, stride={self.stride}"
 
 
+_PROJECT = IdentityProjection.forward
+
+
 def is_identity_projection(module: nn.Module) -> bool:
     """Whether ``module`` is an :class:`IdentityProjection` and nothing that somebody made of it."""
-    return type(module) is IdentityProjection and runs(module, IdentityProjection.forward)
+    return type(module) is IdentityProjection and runs(module, _PROJECT)
 
 
 def _shortcut(
@@ -331,11 +334,15 @@ class PreActSequential(nn.Sequential):
         return x, statistics
 
 
+# As they are now: somebody may put others there.
+_UNIT, _SEQUENCE = _PreActUnit.forward, PreActSequential.forward
+
+
 def takes_statistics(module: nn.Module) -> bool:
     """Whether calling ``module`` runs a forward of this file that hands statistics on, hooks apart."""
     if isinstance(module, _PreActUnit):
-        return runs(module, _PreActUnit.forward)
-    return isinstance(module, PreActSequential) and runs(module, PreActSequential.forward)
+        return runs(module, _UNIT)
+    return isinstance(module, PreActSequential) and runs(module, _SEQUENCE)
 
 
 def call_with_statistics(

@@ -60,7 +60,7 @@ class Analysis:
         """By the path of each module to rewrite: the paths of the modules whose code its matches are in."""
         found: dict[str, set[str]] = {}
         for part in self.parts:
-            for m in (*part.found.chains, *part.found.heads):
+            for m in part.found.matches:
                 row = part.owner(m)
                 path = part.full(row[-1] if row else "")
                 found.setdefault(path, set()).update(map(part.full, part.callers(m)))

@@ -172,7 +172,7 @@ def fuse(model: Model, example_input: Any = None) -> Model:
     if example_input is not None:
         verify(model, fused, example_input)
     for module, forward in fused:
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     return model
 
 

@@ -42,7 +42,7 @@ class Program:
     def __init__(self, owner: nn.Module, inline: Callable[[nn.Module], bool], structure: Structure) -> None:
         traced = trace(owner, structure, inline)
         found = match(traced.graph, traced.module)
-        self.matches = len(found.chains) + len(found.heads)
+        self.matches = len(found.matches)
         self._watch(owner, traced, found)
         self._unit: tuple[ChainCall, list[str | None]] | None = None
         if self.matches:
@@ -67,7 +67,7 @@ class Program:
         self._norms: list[nn.Module] = []
         self._convs: list[nn.Module] = []
         replaced: list[nn.Module] = []
-        for m in (*found.chains, *found.heads):
+        for m in found.matches:
             for node in m.nodes():
                 if node.op == "call_module":
                     module = traced.module(str(node.target))
@@ -108,12 +108,15 @@ class Program:
             (m, forward) for m in replaced for cls, forward in _FORWARDS.items() if isinstance(m, cls)
         ]
         self._owner = owner, type(owner).forward
+        called = [traced.module(str(node.target)) for node in traced.graph.nodes if node.op == "call_module"]
+        self._heard = [m for m in called if has_hooks(m)]
 
     def valid(self) -> bool:
         """Whether ``owner`` and all in it that the graph was made of are as they were."""
         owner, forward = self._owner
         return (
             not any(self._hooks)
+            and all(map(has_hooks, self._heard))  # without them it may be fused
             and all(map(operator.is_, map(dict.get, self._places, self._names), self._objects))
             and list(map(len, self._dicts)) == self._sizes
             and type(owner).forward is forward
@@ -142,7 +145,7 @@ def _whole(traced: Traced) -> tuple[ChainCall, list[str | None]] | None:
     known = all(node is None or (isinstance(node, Node) and node.op == "get_attr") for node in given)
     if made.args[0] is not x or output.args[0] is not made or not known:
         return None
-    return call, [node.target if isinstance(node, Node) else None for node in given]
+    return call, [str(node.target) if isinstance(node, Node) else None for node in given]
 
 
 def _compiled(traced: Traced) -> Callable[..., Any]:
