@@ -60,6 +60,18 @@ def _optimized(net: nn.Module, x: Tensor, setting: Setting) -> Function:
     return fused_preact.optimize_for_inference(net)
 
 
+def _converted(then: Callable[..., Function]) -> Callable[[nn.Module, Tensor, Setting], Function]:
+    """The plain network, converted as anybody's would be."""
+
+    def prepare(net: nn.Module, x: Tensor, setting: Setting) -> Function:
+        for module in net.modules():
+            if hasattr(module, "fused"):
+                module.fused = False
+        return then(fused_preact.fuse(net), x, setting)
+
+    return prepare
+
+
 def _compiled(mode: str | None) -> Callable[[nn.Module, Tensor, Setting], Function]:
     def prepare(net: nn.Module, x: Tensor, setting: Setting) -> Function:
         function = torch.compile(net, dynamic=False, mode=mode)
@@ -194,6 +206,7 @@ _EAGER = [
 ]
 _TUNED = Peer("max-autotune", _compiled("max-autotune"), "pointwise")
 _OURS = Peer(OURS, _as_is, "c1", ours=True)
+_CONVERTED = Peer(f"{OURS} by conversion", _converted(_as_is), "c1", ours=True)
 _GEMS = Peer("FlagGems", _as_is, "eager", package="flag_gems", context=_gems)
 
 NOT_COMPARED = {
@@ -208,7 +221,7 @@ NOT_COMPARED = {
 
 def training(setting: Setting) -> list[Peer]:
     """The peers of a training step that were asked for; the base is always among them."""
-    found = [*_EAGER, _OURS]
+    found = [*_EAGER, _OURS, _CONVERTED]
     if setting.device == "cuda":
         graphed = [Peer("eager graph", _graphed, "eager"), Peer(f"{OURS} graph", _graphed, "c1", ours=True)]
         found += [*graphed, _TUNED, _GEMS]
@@ -219,6 +232,7 @@ def inference(setting: Setting) -> list[Peer]:
     """The peers of inference that were asked for; the base is always among them."""
     found = [*_EAGER, Peer("inductor frozen", _frozen, "pointwise"), _OURS]
     found += [Peer(OPTIMIZED, _optimized, "c1", ours=True)]
+    found += [Peer(f"{OPTIMIZED} by conversion", _converted(_optimized), "c1", ours=True)]
     if setting.device == "cuda":
         graphed = [
             Peer("eager graph", _replayed(_as_is), "eager"),

@@ -70,7 +70,7 @@ class Analysis:
         for part in self.parts:
             passing = part.passing()
             rows: dict[tuple[str, ...], list[Chain | Head]] = {}
-            for m in (*part.found.chains, *part.found.heads):
+            for m in part.found.matches:
                 rows.setdefault(part.owner(m), []).append(m)
             while rows:
                 row = max(rows, key=len)
@@ -94,7 +94,7 @@ def _suffices(whole: Traced, owner: str, inline: set[str], matches: list[Chain |
     except Untraceable:
         return True  # not with these arguments
     found = match(traced.graph, traced.module)
-    return _size([*found.chains, *found.heads]) >= _size(matches)
+    return _size(found.matches) >= _size(matches)
 
 
 def _size(matches: list[Chain | Head]) -> int:

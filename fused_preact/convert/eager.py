@@ -35,7 +35,7 @@ class FusedForward:
         self.owner = owner
         self.inline = inline
         self.programs: dict[Any, list[Program | Failure]] = {}
-        self.runs: dict[tuple[int, bool], Any] = {}
+        self.runs: dict[tuple[tuple[int, ...], bool], Any] = {}
         self.folded: Folded | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,17 +78,26 @@ class FusedForward:
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call under ``torch.compile``, which reads the modules of the graph and so guards on what they are."""
-        if kwargs or not all(isinstance(t, Tensor) for t in args):
+        if kwargs or not all(isinstance(a, Tensor | list | tuple) for a in args):
             return self.written(*args, **kwargs)
-        key = len(args), self.owner.training
-        return self.runs[key](self.owner, *args) if self.prepared(*key) else self.written(*args)
+        form = tuple(
+            0 if isinstance(a, Tensor) else len(a) * (1 if isinstance(a, list) else -1) for a in args
+        )
+        tensors = [t for a in args for t in ([a] if isinstance(a, Tensor) else a)]
+        if not all(isinstance(t, Tensor) for t in tensors) or not self.prepared(form, self.owner.training):
+            return self.written(*args)
+        return self.runs[form, self.owner.training](self.owner, *tensors)
 
-    def prepared(self, count: int, training: bool) -> bool:
-        """Whether :attr:`runs` has a program for ``count`` tensors now; ``torch.compile`` asks while it traces."""
-        program = self.program(count, (TENSOR,) * count, {})
+    def prepared(self, form: tuple[int, ...], training: bool) -> bool:
+        """Whether :attr:`runs` has a program for such arguments now; ``torch.compile`` asks while it traces.
+
+        ``form`` is 0 for a tensor, the length of a list of tensors, and that of a tuple of them with a minus.
+        """
+        args = tuple([TENSOR] * n if n > 0 else (TENSOR,) * -n if n else TENSOR for n in form)
+        program = self.program(form, args, {})
         if program is None:
             return False
-        self.runs[count, training] = program.run
+        self.runs[form, training] = program.run
         return True
 
     # What torch.compiler.assume_constant_result does, which would import Dynamo (two seconds) with this package.
@@ -178,7 +187,7 @@ def fuse(model: Model, example_input: Any = None) -> Model:
     if example_input is not None:
         verify(model, fused, example_input)
     for module, forward in fused:
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     return model
 
 

@@ -100,6 +100,10 @@ class Found:
     additions: list[Add]
     """Residual additions that no chain makes."""
 
+    @property
+    def matches(self) -> list[Chain | Head]:
+        return [*self.chains, *self.heads]
+
 
 class Values:
     """Who reads which value, with in-place operations taken as making a new value of the same tensor."""

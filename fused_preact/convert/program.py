@@ -17,7 +17,7 @@ from .match import match
 from .rewrite import rewrite
 from .roles import _FORWARDS
 from .runtime import ChainCall, UnitCall
-from .tracing import TENSOR, Structure, Traced, trace
+from .tracing import TENSOR, Structure, Traced, asserts_images, trace
 
 __all__ = ["Failure", "Program", "structure_of"]
 
@@ -51,7 +51,7 @@ class Program:
         called = [traced.module(str(node.target)) for node in traced.graph.nodes if node.op == "call_module"]
         self._watch = Watch(owner, list(dict.fromkeys(traced.inlined)), list(dict.fromkeys(called)))
         found = match(traced.graph, traced.module)
-        self.matches = len(found.chains) + len(found.heads)
+        self.matches = len(found.matches)
         self._unit: tuple[ChainCall, list[str | None]] | None = None
         if self.matches:
             rewrite(traced.graph, found)
@@ -145,7 +145,12 @@ def _names(module: nn.Module) -> tuple[str, ...]:
 
 def _whole(traced: Traced) -> tuple[ChainCall, list[str | None]] | None:
     """The call and the paths of what it is given, where the rewritten graph is one residual unit of one tensor."""
-    nodes = [node for node in traced.graph.nodes if node.op != "get_attr"]
+    asserted = {node for node in traced.graph.nodes if asserts_images(node)}
+    asserted |= {
+        operand for node in asserted for eq in node.all_input_nodes for operand in (eq, *eq.all_input_nodes)
+    }
+    asserted -= {node for node in asserted if node.op == "placeholder"}
+    nodes = [node for node in traced.graph.nodes if node.op != "get_attr" and node not in asserted]
     if [node.op for node in nodes] != ["placeholder", "call_function", "output"]:
         return None
     x, made, output = nodes
@@ -156,7 +161,7 @@ def _whole(traced: Traced) -> tuple[ChainCall, list[str | None]] | None:
     known = all(node is None or (isinstance(node, Node) and node.op == "get_attr") for node in given)
     if made.args[0] is not x or output.args[0] is not made or not known:
         return None
-    return call, [node.target if isinstance(node, Node) else None for node in given]
+    return call, [str(node.target) if isinstance(node, Node) else None for node in given]
 
 
 def _compiled(traced: Traced) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ def rewrite(graph: Graph, found: Found) -> None:
     """Replace every chain and head of ``found`` in ``graph``, in place."""
     replaced: dict[Node, Node] = {}
     readers: dict[Node, int] = {}
-    for match in sorted([*found.chains, *found.heads], key=lambda m: found.values.order[m.last]):
+    for match in sorted(found.matches, key=lambda m: found.values.order[m.last]):
         given: list[Given] = []
         if isinstance(match, Head):
             pool = match.pool
@@ -55,7 +55,7 @@ def rewrite(graph: Graph, found: Found) -> None:
                 reader.replace_input_with(operand, new)
         match.last.replace_all_uses_with(new)
         replaced[match.last] = new
-    gone = {node for match in [*found.chains, *found.heads] for node in match.nodes()}
+    gone = {node for match in found.matches for node in match.nodes()}
     for node in reversed(list(graph.nodes)):
         # What only passed a tensor on goes with them; a value that somebody still wants would be a fault of the match.
         if node in gone or (isinstance(found.values.roles.get(node), Same | Pad) and not node.users):

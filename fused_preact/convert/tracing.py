@@ -7,6 +7,7 @@ runs; and whoever is called with lists of tensors is traced with lists.
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 import threading
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ..calls import has_hooks, is_batch_norm, is_convolution
 from .roles import IN_PLACE
 
-__all__ = ["TENSOR", "Traced", "Untraceable", "trace"]
+__all__ = ["TENSOR", "Traced", "Untraceable", "asserts_images", "trace"]
 
 Structure = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a call, with ``TENSOR`` in the place of each tensor."""
@@ -96,7 +97,28 @@ def trace(
             changed = state.restore()
     if changed:
         raise Untraceable(changed)
+    for node in list(graph.nodes):
+        # Of what the graph makes from images; the same question about an input stays, for whoever gives another.
+        if asserts_images(node) and node.all_input_nodes[0].all_input_nodes[0].op != "placeholder":
+            compared = node.all_input_nodes[0]
+            size = compared.all_input_nodes[0]
+            for gone in (node, compared, size):
+                graph.erase_node(gone)
     return Traced(root, graph, [root, *tracer.inlined], tracer.opaque)
+
+
+def asserts_images(node: Node) -> bool:
+    """Whether ``node`` asserts of a value that it has four dimensions, and nobody else reads the comparison."""
+    compared = node.args[0] if node.target is torch._assert else None
+    if not isinstance(compared, Node) or compared.target is not operator.eq or compared.args[1:] != (4,):
+        return False
+    size = compared.args[0]
+    if not isinstance(size, Node) or len(compared.users) > 1 or len(size.users) > 1 or node.users:
+        return False
+    return (size.target is getattr and size.args[1:] == ("ndim",)) or (size.op, size.target) == (
+        "call_method",
+        "dim",
+    )
 
 
 def _reason(error: Exception) -> str:
