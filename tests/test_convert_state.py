@@ -760,10 +760,8 @@ def test_checkpoint(reentrant: bool) -> None:
     for name in expected.keys() - counters:
         assert_close(name, actual[name], expected[name])
     for name in counters:
-        if reentrant:
-            assert_close(name, actual[name], expected[name])
-        elif "num_batches" in name:
-            assert actual[name] <= expected[name], name  # updated once, where plain updates some twice
+        if "num_batches" in name:
+            assert 1 <= actual[name] <= expected[name], name  # once, where plain counts some twice
     assert counts(model, x) == ALL
 
 
@@ -1082,7 +1080,7 @@ FORWARDS: dict[str, tuple[Callable[..., Any], tuple[int, int] | None]] = {
     "other norms": (_norm_of_lines, None),
     "activation returned": (_kept_activation, (0, 0)),
     "norm returned": (_kept_norm, (0, 0)),
-    "three readers": (_three_readers, None),
+    "three readers": (_three_readers, (0, 0)),
 }
 
 

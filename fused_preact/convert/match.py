@@ -206,7 +206,13 @@ def match(graph: Graph, modules: Modules) -> Found:
             found = _site(role, values)
             (sites if isinstance(found, Site) else left).append(found)  # type: ignore[arg-type]
     sites = list(_undisturbed(sites, values, left))
-    chains = _chains(sites, values)
+    while spoiled := _unmade(chains := _chains(sites, values), values):
+        left += [
+            Left(site.conv.node, "the activation is added elsewhere too")
+            for site in sites
+            if site.relu.node in spoiled
+        ]
+        sites = [site for site in sites if site.relu.node not in spoiled]
     heads = []
     for role in values.roles.values():
         if isinstance(role, Pool):
@@ -360,7 +366,7 @@ def _chains(sites: list[Site], values: Values) -> list[Chain]:
                 chain = Chain(chain.sites[1:])
             chains.append(chain)
             taken.update(node for s in chain.sites for node in (s.conv.node,))
-    return _with_siblings(chains, values)
+    return sorted(chains, key=lambda chain: values.order[chain.last])
 
 
 def _free(chain: Chain, taken: set[Node], values: Values) -> bool:
@@ -420,20 +426,22 @@ def _endings(
             yield Chain(sites, add, "residual", residual=other)
 
 
-def _with_siblings(chains: list[Chain], values: Values) -> list[Chain]:
-    """Chains whose first activation an addition needs that is not theirs fall away; the others know their siblings."""
+def _unmade(chains: list[Chain], values: Values) -> set[Node]:
+    """The ReLUs at the beginning of chains whose activation an addition needs that none of them makes.
+
+    Chains with the same first activation come to know their siblings.
+    """
     by_relu: dict[Node, list[Chain]] = {}
     for chain in chains:
         by_relu.setdefault(chain.sites[0].relu.node, []).append(chain)
-    kept = []
+    found = set()
     for relu, group in by_relu.items():
         own = {
             site.conv.node for c in group for site in (c.sites[0], *([c.projection] if c.projection else []))
         }
         own |= {c.add.node for c in group if c.add is not None and c.shortcut == "activation"}
         if any(reader not in own for reader in _readers(relu, values)):
-            continue
+            found.add(relu)
         for chain in group:
             chain.siblings = [other.sites[0] for other in group if other is not chain]
-            kept.append(chain)
-    return sorted(kept, key=lambda chain: values.order[chain.last])
+    return found
