@@ -91,6 +91,8 @@ class Program:
             (d, name, d[name] is None) for m in inlined for d in (m._parameters, m._buffers) for name in d
         ]
         listened = [m for m in (*inlined, *replaced) if m is not owner]
+        called = {traced.module(str(n.target)) for n in traced.graph.nodes if n.op == "call_module"}
+        self._heard = [m for m in called if has_hooks(m)]
         self._hooks = [m.__dict__[name] for m in listened for name in _HOOKS]
         self._plain = [(m, type(m).forward) for m in inlined if m is not owner]
         self._plain += [
@@ -103,6 +105,7 @@ class Program:
         owner, forward = self._owner
         return (
             not any(self._hooks)
+            and all(map(has_hooks, self._heard))
             and all(map(operator.is_, map(dict.get, self._places, self._names), self._objects))
             and list(map(len, self._dicts)) == self._sizes
             and type(owner).forward is forward

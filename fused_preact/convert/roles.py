@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from ..calls import is_batch_norm, is_convolution, runs
+from ..calls import has_hooks, is_batch_norm, is_convolution, runs
 
 __all__ = [
     "Add",
@@ -188,7 +188,7 @@ def _bound(node: Node, names: Sequence[str], defaults: dict[str, Any]) -> dict[s
 
 
 def _of_module(node: Node, module: nn.Module) -> Role | None:
-    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], Node):
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], Node) or has_hooks(module):
         return None
     x = node.args[0]
     if is_batch_norm(module):
