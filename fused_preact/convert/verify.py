@@ -1,10 +1,10 @@
 """The comparison that ``fuse(model, example_input)`` makes, on copies: the model itself never runs.
 
 float64 shows whether the fused model computes the same function: outputs, buffers and gradients have to agree to 1e-6
-of their scale. The model's own dtype shows whether the kernels that serve it are right: there the float64 result is the
-oracle, and a fused error may be a few times the plain model's, plus a few ulp. Gradients are compared in float64 alone:
-in float32 those of a deep network are chaotic in any implementation (rounding flips ReLUs, and each flip changes the
-gradient of all layers before), so a bound that no right result breaks would let wrong ones pass.
+of their scale. The model's own dtype shows whether the kernels that serve it are right: there the float64 result is
+the oracle, and a fused error may be a few times the plain model's, plus a few ulp. Gradients are compared in float64
+alone: in float32 those of a deep network are chaotic in any implementation (rounding flips ReLUs, and each flip
+changes the gradients of all layers before), so a bound that no right result breaks would let wrong ones pass.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 __all__ = ["verify"]
 
 _TOLERANCE = 1e-6  # float64, relative to a tensor's largest element
-# Of the plain model's own error, and of a tensor's largest element. In a hundred networks of up to 164 layers, float32 and
-# bfloat16, the worst fused error was 1.5 times the plain one's.
+# Of the plain model's own error, and of a tensor's largest element. In a hundred networks of up to 164 layers, in
+# float32 and bfloat16, the worst fused error was 1.5 times the plain one's.
 _FACTOR = 4
 _ULPS = 16
 _FLOOR = 1e-3
@@ -43,9 +43,9 @@ class _Impossible(ValueError):
 def verify(model: nn.Module, fused: Fused, example_input: Any) -> None:
     """Compare ``model`` as it is written with what it is once each module of ``fused`` has the forward beside it.
 
-    Both run on ``example_input`` (a tensor, a tuple or list of positional arguments, or a dict of keyword arguments), as
-    deep copies made one at a time, from one state of the random streams: in training and evaluation and, where that is
-    neither, in the mode that the model is in; in float64 and in the model's own dtype. Hooks run, on the copies.
+    Both run on ``example_input`` (a tensor, a tuple or list of positional arguments, or a dict of keyword arguments),
+    as deep copies made one at a time, from one state of the random streams: in training and evaluation and, where
+    that is neither, in the mode that the model is in; in float64 and in the model's own dtype. Hooks run, on copies.
 
     Raises RuntimeError that names the first tensor that differs (outputs, then buffers, then gradients), ValueError
     where ``example_input`` or the model does not allow the comparison, TypeError for an ``example_input`` of another
@@ -87,8 +87,8 @@ def _attempt(case: _Case, dtype: torch.dtype | None, refused: str) -> Result:
         raise
     except Exception as error:
         raise _Impossible(
-            f"example_input: {refused} ({type(error).__name__}: {error}); allowed is what the model can be called with, "
-            "or None for no comparison"
+            f"example_input: {refused} ({type(error).__name__}: {error}); allowed is what the model can be called "
+            "with, or None for no comparison"
         ) from error
 
 
@@ -126,8 +126,8 @@ class _Case:
             if not fused:
                 raise
             raise RuntimeError(
-                f"fuse: the fused model fails in {self.where}, {dtype or _dtype(model)}, where the plain one does not "
-                f"({type(error).__name__}: {error}); the model is left as it was written"
+                f"fuse: the fused model fails in {self.where}, {dtype or _dtype(model)}, where the plain one does "
+                f"not ({type(error).__name__}: {error}); the model is left as it was written"
             ) from error
         finally:
             # Else the copy is in a cycle with its forwards, and stays until the garbage is collected.
@@ -197,8 +197,8 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, dict) and all(isinstance(name, str) for name in example):
         return (), dict(example)
     raise TypeError(
-        f"example_input: got {type(example).__name__}, allowed are a tensor, a tuple or list of positional arguments and "
-        "a dict of keyword arguments"
+        f"example_input: got {type(example).__name__}, allowed are a tensor, a tuple or list of positional arguments "
+        "and a dict of keyword arguments"
     )
 
 
