@@ -185,11 +185,13 @@ class _Writer:
         self.opaque = analysis.opaque
         self.watched = observed(torch.empty(0))
         self.sources: dict[str, list[Callable[[], None]]] = {}
+        # What comes after all else of a module.
+        self.tails: dict[str, Callable[[], None]] = {}
         for path, module in model.named_modules():
             if isinstance(module, PreActConv2d | _PreActUnit) and module.fused:
                 self._add(path, lambda path=path, module=module: self._own(path, module))  # type: ignore[misc]
             elif _is_network(module) and module.fused and not _is_fused(module):
-                self._add(path, lambda path=path, module=module: self._own_head(path, module))  # type: ignore[misc]
+                self.tails[path] = lambda path=path, module=module: self._own_head(path, module)  # type: ignore[misc]
         for path, reason in analysis.opaque.items():
             self._add(path, lambda path=path, reason=reason: self._hidden(path, reason))  # type: ignore[misc]
         if not analysis.parts and not analysis.opaque:
@@ -201,15 +203,14 @@ class _Writer:
                 ):
                     self._add(path, lambda path=path, module=module: self._foreign(path, module))  # type: ignore[misc]
         for part in analysis.parts:
-            # A network's head is run by the network, after all else.
-            self.sources.setdefault(part.path, []).insert(0, lambda part=part: self._part(part))  # type: ignore[misc]
+            self._add(part.path, lambda part=part: self._part(part))  # type: ignore[misc]
 
     def _add(self, path: str, emit: Callable[[], None]) -> None:
         self.sources.setdefault(path, []).append(emit)
 
     def write(self) -> None:
-        while self.sources:
-            self._emit(min(self.sources, key=self._place))
+        while left := {*self.sources, *self.tails}:
+            self._emit(min(left, key=self._place))
 
     def _place(self, path: str) -> int:
         return self.places[path]
@@ -218,10 +219,12 @@ class _Writer:
         """The rows of the module at ``path``, and of what is in it."""
         for emit in self.sources.pop(path, []):
             emit()
-        inside = [p for p in self.sources if p.startswith(f"{path}.")]
+        inside = [p for p in self.sources if p.startswith(f"{path}.")] if path else []
         for p in sorted(inside, key=self._place):
             if p in self.sources:
                 self._emit(p)
+        if path in self.tails:
+            self.tails.pop(path)()
 
     def _row(
         self, kind: str, site: str, where: str, path: str, fused: bool, reason: str, call: int | None
@@ -710,7 +713,7 @@ class _Reader:
 
     def _through(self, node: Node) -> tuple[Node, list[Node]]:
         """``node`` without what passes it on, and what stands between that a fused call cannot make."""
-        between = []
+        between: list[Node] = []
         while True:
             role = self.values.roles.get(node)
             first = node.args[0] if node.args else node.kwargs.get("input")
