@@ -190,6 +190,13 @@ def test_what_reads_no_activation_has_no_row() -> None:
     assert convolutions.isdisjoint({"conv1", "layer1.0.downsample.0", "layer2.0.downsample.0"})
 
 
+def test_sums_of_sizes_are_no_additions() -> None:
+    """A dropped path's mask has the shape ``(x.shape[0],) + (1,) * 3``, which a trace holds as a sum too."""
+    explanation = explain(DEFINITIONS["drop_path_resnet"].build().train())
+    assert explanation.additions == 5
+    assert [row.kind for row in explanation.rows].count("addition") == 3
+
+
 def test_functional_code_is_named_by_its_parameters() -> None:
     explanation = explain(DEFINITIONS["functional_wide_resnet"].build())
     assert explanation.rows[0].site == "params.g0_b0_bn0_weight -> params.g0_b0_conv0"
@@ -322,6 +329,7 @@ def test_a_hook_keeps_an_own_unit_from_it() -> None:
         "stages.0.1.conv2 + its input": "hooks on stages.0.1.bn2",
         "bn -> mean": "hooks on bn",
     }
+    assert [row.kind for row in explain(model).rows].count("head") == 1
     for hook in hooks:
         hook.remove()
     assert explain(model) == before

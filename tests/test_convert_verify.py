@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -146,8 +146,18 @@ def test_an_input_that_is_written_to_stays() -> None:
 
 
 def test_works_inside_of_no_grad_and_autocast() -> None:
+    class Heard(nn.Identity):
+        heard: ClassVar[list[bool]] = []
+
+    def hear(*_: Any) -> None:
+        Heard.heard.append(torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled())
+
+    model = small().append(Heard())
+    model[-1].register_forward_hook(hear)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert explain(fuse(small(), image())).fused
+        assert explain(fuse(model, image())).fused
+    assert Heard.heard
+    assert not any(Heard.heard)
     with torch.inference_mode():
         assert explain(fuse(small(), image().clone())).fused
 
