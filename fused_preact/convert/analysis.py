@@ -39,6 +39,17 @@ class Part:
         """The paths of all modules whose code the match is in."""
         return {path for node in match.nodes() for path in _callers(node)}
 
+    def silent(self, owner: str) -> set[str]:
+        """The paths below ``owner`` of modules whose code is in the graph and calls nothing: an empty Sequential."""
+        heard = {path for node in self.traced.graph.nodes for path in _callers(node)}
+        inlined = set(map(id, self.traced.inlined))
+        begin = f"{owner}." if owner else ""
+        return {
+            path
+            for path, module in self.traced.root.named_modules()
+            if path and path.startswith(begin) and id(module) in inlined and path not in heard
+        }
+
     def full(self, path: str) -> str:
         """A path of this part's as one of the model's."""
         return ".".join(p for p in (self.path, path) if p)
@@ -63,7 +74,8 @@ class Analysis:
             for m in part.found.matches:
                 row = part.owner(m)
                 path = part.full(row[-1] if row else "")
-                found.setdefault(path, set()).update(map(part.full, part.callers(m)))
+                inner = part.callers(m) | part.silent(row[-1] if row else "")
+                found.setdefault(path, set()).update(map(part.full, inner))
         return found
 
 

@@ -102,6 +102,8 @@ class Program:
             (d, name, d[name] is None) for m in inlined for d in (m._parameters, m._buffers) for name in d
         ]
         listened = [m for m in (*inlined, *replaced) if m is not owner]
+        called = {traced.module(str(n.target)) for n in traced.graph.nodes if n.op == "call_module"}
+        self._heard = [m for m in called if has_hooks(m)]
         self._hooks = [m.__dict__[name] for m in listened for name in _HOOKS]
         self._plain = [(m, type(m).forward) for m in inlined if m is not owner]
         self._plain += [
