@@ -129,7 +129,9 @@ def step(model: nn.Module, inputs: Any, lr: float = 0.0, seed: int = 3) -> dict[
     return found
 
 
-def assert_same_step(plain: nn.Module, fused: nn.Module, *inputs: Tensor, steps: int = 1, lr: float = 0.0) -> None:
+def assert_same_step(
+    plain: nn.Module, fused: nn.Module, *inputs: Tensor, steps: int = 1, lr: float = 0.0
+) -> None:
     """Both models compute the same, forward and backward, and update the same buffers."""
     for number in range(steps):
         expected = step(plain, inputs, lr, number)

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from fused_preact import fuse, ops
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*found nothing to fuse")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*found nothing to fuse"),
+]
 
 EACH = pytest.mark.parametrize("definition", DEFINITIONS.values(), ids=DEFINITIONS)
 RESIDUAL = pytest.mark.parametrize("name", [name for name, d in DEFINITIONS.items() if d.residual])
@@ -34,7 +37,8 @@ UNFUSED: dict[str, dict[str, str]] = {
     "fb_resnet_cifar": {"3.2.branches.0.0": POOL, "5.2.branches.0.0": POOL},
     "weiaicunzai_50": {"1.0.shortcut": NORM},
     "hysts_flags": dict.fromkeys(
-        [f"stage{s}.block{b}.conv1" for s in (1, 2, 3) for b in (1, 2)] + ["stage2.block1.shortcut.conv"], BARE
+        [f"stage{s}.block{b}.conv1" for s in (1, 2, 3) for b in (1, 2)] + ["stage2.block1.shortcut.conv"],
+        BARE,
     ),
     "gluon_resnet50_v2": {"1": BARE},
     "skipped_units": dict.fromkeys([f"body.{i}.conv{j}" for i in (2, 3) for j in (1, 2)], DRAWN),

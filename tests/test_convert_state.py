@@ -145,7 +145,9 @@ def test_unfuse_gives_back_what_was_there() -> None:
     for name in before:
         assert list(after[name]) == list(before[name]), name
         assert all(after[name][key] is value for key, value in before[name].items()), name
-    assert held == {name: id(value) for name, m in model.named_modules() for value in (m._modules, m._parameters)}
+    assert held == {
+        name: id(value) for name, m in model.named_modules() for value in (m._modules, m._parameters)
+    }
     assert counts(model, image()) == (0, 0, 0)
     assert unfuse(model) is model
 
@@ -186,7 +188,11 @@ def _through_file(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": _through_file}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.save": _through_file,
+}
 
 
 @pytest.mark.parametrize("ran", [False, True], ids=["fresh", "after a call"])
@@ -324,7 +330,9 @@ def test_gradients_accumulate() -> None:
         assert_close(name, q.grad, p.grad)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
 def test_memory_formats(memory_format: torch.memory_format) -> None:
     plain, model = pair(net().layer[0].to(memory_format=memory_format))
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64).contiguous(memory_format=memory_format)
@@ -407,7 +415,16 @@ HOOKS = {
     "backward": lambda m, f: m.register_full_backward_hook(f),
     "backward_pre": lambda m, f: m.register_full_backward_pre_hook(f),
 }
-PLACES = ["", "layer", "layer.0", "layer.1", "layer.0.bn1", "layer.0.conv2", "layer.1.shortcut", "layer.0.drop"]
+PLACES = [
+    "",
+    "layer",
+    "layer.0",
+    "layer.1",
+    "layer.0.bn1",
+    "layer.0.conv2",
+    "layer.1.shortcut",
+    "layer.0.drop",
+]
 PLACES += ["relu", "bn", "pool", "stem", "fc"]
 
 
@@ -418,7 +435,8 @@ def test_hooks_are_called_as_often_and_leave_no_trace(kind: str, place: str) -> 
     assert_same(plain, model)
     calls: tuple[list[str], list[str]] = [], []
     handles = [
-        HOOKS[kind](m.get_submodule(place), _count(c, kind)) for m, c in zip((plain, model), calls, strict=True)
+        HOOKS[kind](m.get_submodule(place), _count(c, kind))
+        for m, c in zip((plain, model), calls, strict=True)
     ]
     for _ in range(2):
         assert_same(plain, model, None)
@@ -1123,7 +1141,9 @@ def raises(model: nn.Module, x: Tensor) -> bool:
     return False
 
 
-def _optional(self: Any, x: Tensor, residual: Tensor | None = None, scale: float = 1, *, negate: bool = False) -> Tensor:
+def _optional(
+    self: Any, x: Tensor, residual: Tensor | None = None, scale: float = 1, *, negate: bool = False
+) -> Tensor:
     y = self.site(x)
     if residual is not None:
         y = y + residual
@@ -1143,7 +1163,9 @@ def _keywords(self: Any, x: Tensor, **options: Any) -> Tensor:
     return y + options["other"] if "other" in options else y
 
 
-def calls_of(x: Tensor, y: Tensor) -> dict[str, list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]]:
+def calls_of(
+    x: Tensor, y: Tensor
+) -> dict[str, list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]]:
     return {
         "optional": [
             (_optional, (x,), {}),
@@ -1243,7 +1265,9 @@ def test_input_written_afterwards() -> None:
 
 def test_a_static_input_that_numpy_writes_to() -> None:
     """Several convolutions share the statistics of x, for one call only."""
-    plain, model = pair(probe(lambda self, x: self.conv(F.relu(self.bn(x))) + self.conv2(F.relu(self.bn2(x)))))
+    plain, model = pair(
+        probe(lambda self, x: self.conv(F.relu(self.bn(x))) + self.conv2(F.relu(self.bn2(x))))
+    )
     shared = probe(_three_readers)
     twin = fuse(copy.deepcopy(shared))
     x = four()
@@ -1300,7 +1324,7 @@ def test_a_context_inside_counts_in_every_context() -> None:
 
 
 @pytest.mark.parametrize("function", [fuse, unfuse])
-@pytest.mark.parametrize("wrong", [None, 3, "model", nn.ReLU, F.relu], ids=repr)
+@pytest.mark.parametrize("wrong", [None, 3, "model", nn.ReLU, F.relu], ids=lambda w: getattr(w, "__name__", str(w)))
 def test_no_module(function: Callable[..., Any], wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"model: got \w+, allowed is a torch.nn.Module"):
         function(wrong)

@@ -188,7 +188,9 @@ class Values:
         for node, begun in self.order.items():
             if begun >= self.order[write] or self._root(node) is not family:
                 continue
-            if node.op in ("placeholder", "get_attr") or (node.op == "call_module" and self.roles[node] is None):
+            if node.op in ("placeholder", "get_attr") or (
+                node.op == "call_module" and self.roles[node] is None
+            ):
                 return False
             for reader in node.users:
                 if self.order[reader] > self.order[write] > self.order[self.value(reader, node)]:

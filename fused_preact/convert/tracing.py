@@ -36,6 +36,9 @@ class TENSOR:
 _TRACING = threading.RLock()
 
 
+_REPLACED = "its forward was replaced on the instance"
+
+
 class Untraceable(Exception):
     """Says why a module cannot be traced."""
 
@@ -84,8 +87,8 @@ def trace(
 
     Without ``structure`` it is called with its required arguments, all tensors. Raises :class:`Untraceable`.
     """
-    if "forward" in root.__dict__ and not getattr(root.__dict__["forward"], "is_fused", False):
-        raise Untraceable("its forward was replaced on the instance")
+    if _is_replaced(root):
+        raise Untraceable(_REPLACED)
     with _TRACING:
         tracer = _Tracer(structure, inline)
         state = _State(root)
@@ -119,6 +122,12 @@ def asserts_images(node: Node) -> bool:
         "call_method",
         "dim",
     )
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether somebody but :func:`fuse` hung another forward on ``module``."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not getattr(forward, "is_fused", False)
 
 
 def _reason(error: Exception) -> str:
@@ -258,6 +267,8 @@ class _Tracer(fx.Tracer):
             return self._opaque(m, path, args, kwargs, None)
         if has_hooks(m):
             return self._opaque(m, path, args, kwargs, "has hooks")
+        if _is_replaced(m):
+            return self._opaque(m, path, args, kwargs, _REPLACED)
         last = next(iter(reversed(self.graph.nodes)), None)
         stack, calls, inlined = dict(self.module_stack), dict(self.num_calls), len(self.inlined)
         state = _State(m)
