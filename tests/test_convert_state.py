@@ -1324,7 +1324,9 @@ def test_a_context_inside_counts_in_every_context() -> None:
 
 
 @pytest.mark.parametrize("function", [fuse, unfuse])
-@pytest.mark.parametrize("wrong", [None, 3, "model", nn.ReLU, F.relu], ids=lambda w: getattr(w, "__name__", str(w)))
+@pytest.mark.parametrize(
+    "wrong", [None, 3, "model", nn.ReLU, F.relu], ids=lambda w: getattr(w, "__name__", str(w))
+)
 def test_no_module(function: Callable[..., Any], wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"model: got \w+, allowed is a torch.nn.Module"):
         function(wrong)
