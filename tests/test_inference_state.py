@@ -113,6 +113,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "eps": lambda m: setattr(m[1].bn3, "eps", 0.5),
     "padding": lambda m: (setattr(m[1].conv2, "padding", (2, 2)), setattr(m[1].conv2, "dilation", (2, 2))),
     "parameter": lambda m: setattr(m[1].bn2, "weight", nn.Parameter(torch.full((8,), 0.3))),
+    "buffer": lambda m: setattr(m[1].bn2, "running_var", torch.full((8,), 0.3)),
     "child": lambda m: setattr(m[1], "conv1", nn.Conv2d(32, 8, 1)),
     "batch-norm": lambda m: setattr(m[1], "bn2", nn.BatchNorm2d(8, track_running_stats=False).eval()),
     "unit-added": lambda m: m.append(PreActBottleneck(32, 32).eval()),
