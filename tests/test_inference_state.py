@@ -289,6 +289,20 @@ def test_hooks_run_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(model, x)
 
 
+def test_hooks_on_the_folded_module_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own call is made, so that they need no other."""
+    model, x = make("sequence")
+    ran: list[int] = []
+    run_chain = inference.run_chain
+    monkeypatch.setattr(inference, "run_chain", lambda *args: (ran.append(1), run_chain(*args))[1])
+    expected = optimize_for_inference(model)(x)
+    model.register_forward_hook(lambda module, args, y: 2 * y)
+    assert torch.equal(model(x), 2 * expected)
+    optimize_for_inference(model)
+    assert torch.equal(model(x), 2 * expected)
+    assert len(ran) == 3
+
+
 def test_parametrised_and_foreign_modules() -> None:
     """The units beside them are folded still, and a sequence around foreign code is no chain."""
     parametrised: Any = PreActBottleneck(16, 16)

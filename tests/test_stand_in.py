@@ -275,6 +275,7 @@ ANY: dict[str, Change] = {
     "forward-on-the-instance": _patched,
     "forward-on-the-class": _class_patched,
     "call-of-all-modules": _call_patched,
+    "call-on-the-class": _replaced("__call__", "class"),
     "inner-call-of-all-modules": _replaced("_call_impl", "modules"),
     "inner-call-on-the-class": _replaced("_call_impl", "class"),
     "inner-call-on-the-instance": _replaced("_call_impl", "instance"),
