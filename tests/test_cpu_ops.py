@@ -9,6 +9,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from helpers import assert_within_policy
 from torch import Tensor
 
 import fused_preact
-from benchmarks.correct import separated, separated_input
 from fused_preact import ops, reference
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is part of the checkout, not of the package
+
+from benchmarks.correct import separated, separated_input  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     ops._unavailable("cpu", None) is not None, reason=f"no CPU kernels: {ops._unavailable('cpu', None)}"
@@ -454,7 +458,7 @@ def test_unit_against_its_children(dtype, stride, training):
     for kind, wide in (("exact", torch.float64), ("same", dtype), ("fused", dtype)):
         unit = copy.deepcopy(plain).to(wide).to(memory_format=torch.channels_last)
         unit.fused = kind == "fused"
-        leaf = x.to(wide).contiguous(memory_format=torch.channels_last).requires_grad_()
+        leaf = x.to(wide).clone(memory_format=torch.channels_last).requires_grad_()
         if kind == "fused":
             assert fused_preact.serving_backend(leaf) == "cpu"
         y = unit(leaf)
