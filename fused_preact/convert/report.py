@@ -581,7 +581,7 @@ class _Reader:
                 if reader is not node:
                     return f"{self.name(source)} is needed by {self.called(reader)} too"
         written = self.values.writes[node]
-        if written is not None and not self.values.fresh(self.values.value(node, written)):
+        if written is not None and not self.values.private(node, written):
             return "it writes to a tensor that others can see"
         return "an operand is written to in between"
 
