@@ -47,6 +47,11 @@ def activated(x: Tensor, bn: BatchNorm) -> Tensor:
 
     Raises RuntimeError for a synchronised BN where no other process can be called: in a ``torch.func`` transform.
     """
+    if bn.group is not None and transforming():
+        raise RuntimeError(
+            "nn.SyncBatchNorm in training calls the other processes, which torch.func transforms, forward-mode AD and "
+            "torch.jit.trace cannot follow: allowed there are eval mode and nn.BatchNorm2d"
+        )
     momentum = bn.momentum
     if bn.training and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
@@ -60,11 +65,6 @@ def activated(x: Tensor, bn: BatchNorm) -> Tensor:
 
 def _synchronised(x: Tensor, bn: BatchNorm, group: Group, momentum: float) -> Tensor:
     """BN with the statistics of all ranks, made of operations that can be differentiated any number of times."""
-    if transforming():
-        raise RuntimeError(
-            "nn.SyncBatchNorm in training calls the other processes, which torch.func transforms, forward-mode AD and "
-            "torch.jit.trace cannot follow: allowed there are eval mode and nn.BatchNorm2d"
-        )
 
     def column(vector: Tensor) -> Tensor:
         return vector.view(1, -1, *[1] * (x.dim() - 2))
@@ -84,7 +84,7 @@ def _synchronised(x: Tensor, bn: BatchNorm, group: Group, momentum: float) -> Te
     if bn.running_mean is not None and bn.running_var is not None:
         with torch.no_grad():
             # Where no rank has a value nothing changes.
-            weight = momentum * (counted > 0)
+            weight = (counted > 0).to(mean.dtype) * momentum
             unbiased = var * (total / (total - 1).clamp_min(1))
             for running, new in ((bn.running_mean, mean), (bn.running_var, unbiased)):
                 running.add_(weight * (new - running))

@@ -96,8 +96,11 @@ def foldable(unit: UnitArguments) -> bool:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether ``module`` is a BatchNorm2d or a Conv2d, no subclass (a parametrised one is) and nothing replaced."""
-    if type(module) is nn.BatchNorm2d:
+    """Whether ``module`` is a BatchNorm2d, a SyncBatchNorm (the same in eval mode) or a Conv2d.
+
+    No subclass (a parametrised one is), and nothing replaced.
+    """
+    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return is_batch_norm(module)
     return type(module) is nn.Conv2d and is_convolution(module)
 
