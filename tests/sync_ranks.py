@@ -275,6 +275,60 @@ def given_statistics() -> None:
     note(torch.equal(pooled, functional.bn_relu_avg_pool2d(local, bn)), "y of the head")
 
 
+class AsPyTorch(torch.autograd.Function):
+    """What PyTorch's own SyncBatchNorm computes and sends (torch/nn/modules/_functions.py), which refuses CPU tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        channels, count = x.shape[1], x.numel() // x.shape[1]
+        message = x.new_zeros(2 * channels + 1)
+        if count:
+            var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+            message = torch.cat([mean, (var + eps).rsqrt(), mean.new_full((1,), count)])
+        rows = torch.stack(joined(message))
+        means, rstds, counts = rows[rows[:, -1] >= 1].split([channels, channels, 1], 1)
+        mean = (means * counts).sum(0) / counts.sum()
+        squares = (means - mean).square() + rstds.pow(-2) - eps
+        rstd = ((squares * counts).sum(0) / counts.sum() + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, rstd, counts.sum())
+        column = (1, -1, 1, 1)
+        return (x - mean.view(column)) * (rstd * weight).view(column) + bias.view(column)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> Any:
+        x, weight, mean, rstd, total = ctx.saved_tensors
+        column = (1, -1, 1, 1)
+        centred = x - mean.view(column)
+        local = torch.cat([dz.sum((0, 2, 3)), (dz * centred).sum((0, 2, 3))])
+        both = local.clone()
+        dist.all_reduce(both)
+        sum_g, sum_gx = both.chunk(2)
+        dx = dz - (sum_g / total).view(column) - centred * (rstd.square() * sum_gx / total).view(column)
+        return dx * (rstd * weight).view(column), rstd * local.chunk(2)[1], local.chunk(2)[0], None
+
+
+@scenario("one-rank-child-by-child", split=(3, 1))
+@scenario("one-rank-child-by-child-and-empty", split=(3, 0))
+def child_by_child(split: tuple[int, int]) -> None:
+    """A hook on one rank: there PyTorch's own modules run, and both say and hear the right thing."""
+    plain: Any = set_fused(disturb(PreActBasicBlock(6, 9, 2)).double(), False)
+    sync: Any = set_fused(synchronised(plain), True)
+    if dist.get_rank() == 1:
+        sync.fused = False
+        for bn in (sync.bn1, sync.bn2):
+            bn.forward = lambda x, bn=bn: AsPyTorch.apply(x, bn.weight, bn.bias, bn.eps)
+    x = torch.randn(sum(split), 6, 5, 5, dtype=torch.float64)
+    dy = torch.randn(sum(split), 9, 3, 3, dtype=torch.float64)
+    expected = step(plain, x, dy)
+    found = step(sync, mine(x, split), mine(dy, split))
+    for name, actual, wanted in zip(("y", "dx"), found, expected, strict=True):
+        assert wanted is not None
+        close(name, actual, mine(wanted, split))
+    expected_grads = grads(plain, False)
+    for name, grad in grads(sync, True).items():
+        close(name, grad, expected_grads[name])
+
+
 # Kernels.
 def within_policy(build: Build, backend: str, dtype: torch.dtype, split: tuple[int, int] = (3, 2)) -> None:
     """As :func:`compare`, with kernels and against eager PyTorch on the joined batch in the same dtype."""
