@@ -172,7 +172,7 @@ def test_model_and_random_streams_are_as_before(definition: Definition, training
             "no operand comes straight from a fused convolution: mul and Conv2d conv1",
         ),
         ("spellings", "add + blocks.7.convs.1", "it scales an operand"),
-        ("post_activation", "body.1 -> body.3.conv1", "the activation is needed by add too"),
+        ("post_activation", "body.1 -> body.3.conv1", "the activation is needed by iadd too"),
         ("dual_path", "features.conv5_bn_ac.bn -> ?", "it asks for the type of a tensor"),
         ("video_preact", "? -> 1.conv1", "1.conv1 is a Conv3d, not a Conv2d"),
     ],

@@ -120,6 +120,7 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
     def in_place(x: Any, other: Any) -> Any:
         return operation(x, other)
 
+    in_place.__name__ = name
     return in_place
 
 
