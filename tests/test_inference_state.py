@@ -178,6 +178,35 @@ def test_copies_fold_their_own(how: str) -> None:
     assert other._folded._root is other
 
 
+STEM_CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+    "window": lambda conv, pool: setattr(pool, "kernel_size", 2),
+    "stride-of-pool": lambda conv, pool: setattr(pool, "stride", 1),
+    "padding-of-pool": lambda conv, pool: setattr(pool, "padding", 0),
+    "dilation-of-pool": lambda conv, pool: setattr(pool, "dilation", 2),
+    "ceil-mode": lambda conv, pool: setattr(pool, "ceil_mode", True),
+    "stride": lambda conv, pool: setattr(conv, "stride", (1, 1)),
+    "padding": lambda conv, pool: setattr(conv, "padding", (1, 1)),
+    "dilation": lambda conv, pool: setattr(conv, "dilation", (2, 2)),
+    "padding-mode": lambda conv, pool: setattr(conv, "padding_mode", "circular"),
+    "weight": lambda conv, pool: setattr(conv, "weight", nn.Parameter(conv.weight * 2)),
+    "bias": lambda conv, pool: setattr(conv, "bias", nn.Parameter(torch.ones(64))),
+}
+
+
+@pytest.mark.parametrize("change", STEM_CHANGES)
+def test_changes_of_a_stem_are_seen(change: str) -> None:
+    model: Any = fused_preact.models.preact_resnet18(4).eval()
+    stem, x = model.stem, torch.randn(2, 3, 31, 34)
+    old = optimize_for_inference(model)(x)
+    folded = stem(x)
+    model(x)
+    STEM_CHANGES[change](*stem)
+    y = stem(x)
+    torch.testing.assert_close(y, stem[1](stem[0](x)), rtol=1e-4, atol=1e-4)
+    assert y.shape != folded.shape or not torch.allclose(y, folded)
+    assert not torch.allclose(model(x), old)
+
+
 class Foreign(nn.Module):
     """Somebody's block, with attributes that its forward asks for."""
 
@@ -261,6 +290,14 @@ def test_training_runs_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(as_before(model, x, monkeypatch), fresh(x))
     for (name, a), b in zip(model.state_dict().items(), fresh.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_unfused_units_run_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = make("sequence")[0]
+    x = torch.randn(2, 8, 8, 7)
+    optimize_for_inference(model)(x)
+    model[0].fused = False
+    as_before(model, x, monkeypatch)
 
 
 def test_gradients_run_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
