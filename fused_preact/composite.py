@@ -42,7 +42,9 @@ def bn_relu_avg_pool(x: Tensor, bn: BatchNorm) -> Tensor:
 def activated(x: Tensor, bn: BatchNorm) -> Tensor:
     """ReLU of what ``nn.BatchNorm2d.forward`` returns; updates running statistics."""
     if bn.training and recomputing():
-        bn = bn._replace(running_mean=None, running_var=None, num_batches_tracked=None)
+        # Copies, since the recomputation has to save as many tensors as the first forward did.
+        mean, var = (None if t is None else t.clone() for t in (bn.running_mean, bn.running_var))
+        bn = bn._replace(running_mean=mean, running_var=var, num_batches_tracked=None)
     momentum = bn.momentum
     if bn.training and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)

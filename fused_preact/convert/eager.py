@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..calls import observed
 from ..modules import Folded
 from .analysis import analyse, modes, put
-from .program import Program, structure_of
+from .program import Failure, Program, structure_of
 from .runtime import UnitCall
-from .tracing import Untraceable
+from .tracing import TENSOR, Untraceable
 from .verify import verify
 
 __all__ = ["fuse", "unfuse"]
@@ -29,12 +29,12 @@ class FusedForward:
     """
 
     is_fused = True
-    _KEPT = 8  # programs: two modes, a few forms of arguments
+    _KEPT = 8  # forms of arguments, and programs of each: two modes, a few changes of the module
 
     def __init__(self, owner: nn.Module, inline: list[nn.Module]) -> None:
         self.owner = owner
         self.inline = inline
-        self.programs: dict[Any, list[Program]] = {}
+        self.programs: dict[Any, list[Program | Failure]] = {}
         self.runs: dict[tuple[tuple[int, ...], bool], Any] = {}
         self.folded: Folded | None = None
 
@@ -45,12 +45,12 @@ class FusedForward:
     @property
     def matches(self) -> int:
         """How many fused calls there are in the present state of the module, called with one tensor."""
-        program = self.program(1, (True,), {})
+        program = self.program(1, (TENSOR,), {})
         return 0 if program is None else program.matches
 
     def unit(self) -> UnitCall | None:
         """What the module computes with if it is now one residual unit and nothing else, else None."""
-        program = self.program(1, (True,), {})
+        program = self.program(1, (TENSOR,), {})
         return None if program is None else program.unit(self.owner)
 
     def written(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ class FusedForward:
 
         ``form`` is 0 for a tensor, the length of a list of tensors, and that of a tuple of them with a minus.
         """
-        args = tuple([True] * n if n > 0 else (True,) * -n if n else True for n in form)
+        args = tuple([TENSOR] * n if n > 0 else (TENSOR,) * -n if n else TENSOR for n in form)
         program = self.program(form, args, {})
         if program is None:
             return False
@@ -104,53 +104,68 @@ class FusedForward:
     prepared._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def program(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
-        """The program for arguments of this form in the present state of the module, None where it runs as written."""
+        """The program for arguments of this form in the present state of the module, None: it runs as written."""
+        # What a forward may set around a part of itself shows in its trace only where it makes a difference.
+        key = (
+            key,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch._C._is_any_autocast_enabled(),
+        )
         kept = self.programs.get(key, [])
-        for index, program in enumerate(kept):
+        for program in kept:
             if program.valid():
-                if index:
-                    kept.insert(0, kept.pop(index))  # a mode lasts
-                return program if program.matches else None
+                if program is not kept[0]:  # a mode lasts
+                    self._keep(key, program)
+                return program if isinstance(program, Program) and program.matches else None
+        if key not in self.programs and len(self.programs) >= self._KEPT:
+            return None  # called with a new number each time
         _, _, structure = structure_of(args, kwargs)
         inline = set(map(id, self.inline))
+        made: Program | Failure
         try:
             made = Program(self.owner, lambda m: id(m) in inline, structure)
         except Untraceable:
-            return None
-        # As a whole, so that threads see one or the other.
-        self.programs = {**self.programs, key: [made, *kept][: self._KEPT]}
-        return made if made.matches else None
+            made = Failure(self.owner)
+        self._keep(key, made)
+        return made if isinstance(made, Program) and made.matches else None
+
+    def _keep(self, key: Any, program: Program | Failure) -> None:
+        """Put it first. Tables are replaced as a whole, so that threads see one or the other."""
+        rest = [other for other in self.programs.get(key, []) if other is not program]
+        self.programs = {**self.programs, key: [program, *rest][: self._KEPT]}
 
 
 def fuse(model: Model, example_input: Any = None) -> Model:
     """Let every BN -> ReLU -> convolution site that is found in ``model`` run fused, in place; returns ``model``.
 
-    Found are the operations, whatever module, function or method they are spelled with: sites, chains of sites with the
-    residual addition at their end (a whole unit is then one call), and the head BN -> ReLU -> global average pool.
-    Everything else runs as it was written. The model is traced as a whole or block by block
+    Found are the operations, whatever module, function or method they are spelled with: sites, chains of sites with
+    the residual addition at their end (a whole unit is then one call), and the head BN -> ReLU -> global average
+    pool. Everything else runs as it was written. The model is traced as a whole or block by block
     (:mod:`torch.fx`); a block that cannot be traced is left alone. :func:`explain` says what became of each site.
 
     Modules, parameters, buffers and their names stay the same objects, so optimisers, state dicts, hooks, copies and
-    pickles go on working. A later change of a module (another BN, a hook, a parametrisation, ``eval()``) is noticed at
-    the next call; a state that is neither an attribute of a module nor a tensor (a global variable, an object that a
+    pickles go on working. A later change of a module (another BN, a hook, a parametrisation, ``eval()``) is noticed
+    at the next call; a state that is neither an attribute of a module nor a tensor (a global variable, an object that a
     module holds) is read when the model is traced.
 
     With ``example_input`` (a tensor, or a tuple of the model's arguments) the fused model is compared with the plain
     one, in training and evaluation, float64 and its own dtype: outputs, gradients and running statistics. On
     disagreement the model is restored and a RuntimeError names the first tensor that differs.
 
-    Raises TypeError for something that is no module or is scripted, ValueError for uninitialised (lazy) parameters and
-    for an ``example_input`` that the model refuses; the model is then as it was. Warns once where nothing is found.
+    Raises TypeError for something that is no module or is scripted, ValueError for uninitialised (lazy) parameters
+    and for an ``example_input`` that the model refuses; the model is then as it was. Warns once where nothing is found.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, allowed is a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model: got a scripted module, allowed is the torch.nn.Module that it was made of")
-    for name, parameter in model.named_parameters():
-        if torch.nn.parameter.is_lazy(parameter):
-            raise ValueError(
-                f"model: got the uninitialised parameter {name!r}, allowed is a model that has run once"
-            )
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if torch.nn.parameter.is_lazy(tensor):
+                raise ValueError(
+                    f"model: got the uninitialised {kind} {name!r}, allowed is a model that has run once"
+                )
     unfuse(model)
     owners: dict[str, set[str]] = {}
     with modes(model) as every:
@@ -160,7 +175,8 @@ def fuse(model: Model, example_input: Any = None) -> Model:
                 owners.setdefault(path, set()).update(inline)
     if not owners and not _has_own(model):
         warnings.warn(
-            f"fused_preact.fuse: found nothing to fuse in {type(model).__name__}; fused_preact.explain(model) says why",
+            f"fused_preact.fuse: found nothing to fuse in {type(model).__name__}; "
+            "fused_preact.explain(model) says why",
             UserWarning,
             stacklevel=2,
         )

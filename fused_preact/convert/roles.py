@@ -15,6 +15,7 @@ from torch.fx import Node
 from ..calls import has_hooks, is_batch_norm, is_convolution, runs
 
 __all__ = [
+    "IN_PLACE",
     "Add",
     "Convolve",
     "Normalise",
@@ -41,8 +42,8 @@ class Role:
 
 @dataclass(frozen=True, eq=False)
 class Normalise(Role):
-    """Batch normalisation: by ``module``, or by the function with ``tensors`` (running mean and variance, weight, bias)
-    and ``constants`` (training, momentum, eps).
+    """Batch normalisation: by ``module``, or by the function with ``tensors`` (running mean and variance, weight,
+    bias) and ``constants`` (training, momentum, eps).
     """
 
     module: nn.Module | None
@@ -88,7 +89,7 @@ class Add(Role):
 
 @dataclass(frozen=True, eq=False)
 class Pool(Role):
-    """The mean over height and width, kept as dimensions of size 1 or not. ``window``: only if it is the map's size."""
+    """The mean over height and width, kept as dimensions of size 1 or not. ``window``: if it is the map's size."""
 
     keepdim: bool
     window: tuple[int, int] | None = None
@@ -111,7 +112,30 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
 _BATCH_NORM = {F.batch_norm, torch.batch_norm}
 _CONVOLUTION = {F.conv2d, torch.conv2d}
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
-_ADD = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    operation = getattr(operator, name)
+
+    def in_place(x: Any, other: Any) -> Any:
+        return operation(x, other)
+
+    in_place.__name__ = name
+    return in_place
+
+
+IN_PLACE: dict[str, Callable[[Any, Any], Any]] = {
+    name: _in_place(name)
+    for name in (
+        *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul"),
+        *("ior", "ipow", "irshift", "isub", "itruediv", "ixor"),
+    )
+}
+"""``+=`` and its like as calls. For ``operator.iadd`` FX writes a statement, which binds a number's name anew."""
+
+_ADD = {operator.add, operator.iadd, IN_PLACE["iadd"], torch.add, "add", "add_"} | {
+    *("__add__", "__radd__", "__iadd__")
+}
 _MEAN = {torch.mean, "mean"}
 _DROPOUT = {F.dropout, F.dropout2d}
 _NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -265,13 +289,10 @@ def _conv(node: Node) -> Role | None:
 
 
 def _addition(node: Node) -> Role | None:
-    if (
-        len(node.args) + ("other" in node.kwargs) != 2
-        or node.kwargs.get("alpha", 1) != 1
-        or "out" in node.kwargs
-    ):
+    found = _bound(node, ("input", "other", "alpha"), {"alpha": 1})
+    if found is None or found["alpha"] != 1:
         return None
-    x, other = (*node.args, node.kwargs.get("other"))[:2]
+    x, other = found["input"], found.get("other")
     return Add(node, x, other) if isinstance(x, Node) and isinstance(other, Node) else None
 
 
@@ -320,6 +341,7 @@ def written_operand(node: Node, modules: Modules) -> Node | None:
         operators = module == "_operator" and (name in _IN_PLACE_OPERATORS or name == "setitem")
         inplace = (
             node.kwargs.get("inplace") is True
+            or target in _IN_PLACE_CALLS
             or operators
             or (name.endswith("_") and not name.startswith("__"))
         )
@@ -332,6 +354,7 @@ def written_operand(node: Node, modules: Modules) -> Node | None:
 _IN_PLACE_OPERATORS = {name[2:-2] for name in dir(operator) if name.startswith("__i")} - {
     *("index", "invert", "inv", "indexOf", "is_", "is_not", "itemgetter")
 }
+_IN_PLACE_CALLS = set(IN_PLACE.values())
 # The functions of torch.nn.functional that take ``inplace`` by position: where it stands.
 _INPLACE_AT: dict[Any, int] = {
     F.relu: 1,
