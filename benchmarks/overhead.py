@@ -6,12 +6,14 @@ Times are wall-clock microseconds of a call, enqueueing on a GPU included; the d
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 import fused_preact
 
-from . import counting, measure, micro, options, results
+from . import counting, foreign, measure, micro, networks, options, results
 from .measure import Candidate, Samples
 from .options import Setting
 from .results import Row
@@ -28,6 +30,19 @@ def _cases() -> list[micro.Case]:
         micro.Case(name, 1, module, shape, shape, False, [], lambda _: none)
         for name, module in (("site", site), ("unit", unit))
     ]
+
+
+CONVERTED = "fused by conversion"
+
+
+def _converted(module: nn.Module) -> Callable[[micro.Input], Tensor]:
+    """The site or unit as somebody else's module, converted."""
+    if isinstance(module, fused_preact.PreActConv2d):
+        written: nn.Module = nn.Sequential(module.bn, nn.ReLU(), module.conv)
+    else:
+        written = foreign.block(module)
+    converted = fused_preact.fuse(written.train(module.training))
+    return lambda i: converted(i.x)
 
 
 def _calls(candidates: list[Candidate], setting: Setting, seconds: float) -> dict[str, Samples]:
@@ -66,7 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     for done, case in enumerate(_cases()):
         wrong = micro.problems(case, setting)
         candidates = []
-        for subject in micro.subjects(setting):
+        subjects = micro.subjects(setting)
+        if setting.wants(CONVERTED):
+            subjects.append(micro.Subject(CONVERTED, _converted, networks.CHANNELS_LAST, "c1"))
+        for subject in subjects:
             if subject.name in wrong:
                 row = setting.row("", 1, case=case.name, candidate=subject.name, phase="both")
                 row.status = wrong[subject.name]
@@ -82,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             for phase in measure.PHASES:
                 times, base = sample.phase(phase), samples[micro.BASE].phase(phase)
                 row = setting.row("", 1, case=case.name, candidate=name, phase=phase)
-                row.backend = serving if name in micro.OURS else ""
+                row.backend = serving if name in (*micro.OURS, CONVERTED) else ""
                 row.rounds, row.base, row.unit = str(len(times)), micro.BASE, "us beyond eager"
                 row.p20, row.p50, row.p80 = (results.number(v / 1e3) for v in measure.spread(times))
                 row.samples = " ".join(f"{t / 1e3:.4g}" for t in times)

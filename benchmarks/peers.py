@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import fused_preact
 
+from . import foreign
 from .networks import CHANNELS_LAST
 from .options import Setting
 
@@ -61,13 +62,10 @@ def _optimized(net: nn.Module, x: Tensor, setting: Setting) -> Function:
 
 
 def _converted(then: Callable[..., Function]) -> Callable[[nn.Module, Tensor, Setting], Function]:
-    """The plain network, converted as anybody's would be."""
+    """The same layers as somebody else would have written the network, converted."""
 
     def prepare(net: nn.Module, x: Tensor, setting: Setting) -> Function:
-        for module in net.modules():
-            if hasattr(module, "fused"):
-                module.fused = False
-        return then(fused_preact.fuse(net), x, setting)
+        return then(fused_preact.fuse(foreign.network(net)), x, setting)
 
     return prepare
 

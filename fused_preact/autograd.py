@@ -64,8 +64,8 @@ class UnitFunction(torch.autograd.Function):
             update(made)  # type: ignore[arg-type]
 
         ctx.unit, ctx.backend, ctx.memo = unit, backend, memo
-        # For a differentiable backward, which Dynamo has not: gamma, beta and bias of each site, the projection's bias.
-        # Not saved as the others are: plain PyTorch does not mind that a bias has changed meanwhile.
+        # For a differentiable backward, which Dynamo has not: the projection's bias, gamma, beta and bias of each
+        # site. Not saved as the others are: plain PyTorch does not mind that a bias has changed meanwhile.
         end = 4 + 4 * count
         vectors = tensors[3], tensors[4:end:4], tensors[5:end:4], tensors[7:end:4]
         ctx.vectors = None if torch.compiler.is_compiling() else vectors
@@ -109,7 +109,7 @@ def _differentiable(
         assert rstd is not None
         assert weight is not None
         running = (None, None) if site.batch_stats else (mean, rstd.pow(-2) - site.eps)
-        bn = BatchNorm(gamma, beta, *running, None, site.batch_stats, 0.0, site.eps, site.group)
+        bn = BatchNorm(gamma, beta, running[0], running[1], None, site.batch_stats, 0.0, site.eps, site.group)
         sites.append((bn, Convolution(weight, bias, *site.conv)))
         inputs += [gamma, beta, weight, bias]
     projection = None
@@ -133,8 +133,8 @@ def _gradients(
 
 
 def _forward(k: Any, unit: Unit, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """y; what backward needs: the projection's weight and of each site x, mean, scale, shift, rstd, total and W; then what
-    is returned beside y.
+    """y; what backward needs: the projection's weight and of each site x, mean, scale, shift, rstd, total and W;
+    then what is returned beside y.
     """
     count = len(unit.sites)
     x, residual, projection_weight, projection_bias = tensors[:4]
@@ -148,8 +148,8 @@ def _forward(k: Any, unit: Unit, tensors: Sequence[Tensor | None]) -> list[Tenso
     for saved, site in zip(result.saved, sites, strict=True):
         found += (*saved, site.weight)
     found += result.output_stats if unit.output_stats else ()
-    for site, pair, saved, was in zip(unit.sites, result.statistics, result.saved, given, strict=True):
-        if site.group is not None:
+    for pair, saved, was in zip(result.statistics, result.saved, given, strict=True):
+        if saved.total is not None:
             found += (*pair, saved.total)
         elif was is None:
             found += pair
@@ -210,7 +210,9 @@ class HeadFunction(torch.autograd.Function):
         asked = ctx.needs_input_grad[5:8]
         if torch.is_grad_enabled():  # create_graph=True
             running = (None, None) if ctx.batch_stats else (mean, rstd.pow(-2) - ctx.eps)
-            bn = BatchNorm(gamma, beta, *running, None, ctx.batch_stats, 0.0, ctx.eps, ctx.group)
+            bn = BatchNorm(
+                gamma, beta, running[0], running[1], None, ctx.batch_stats, 0.0, ctx.eps, ctx.group
+            )
             grads = _gradients(composite.bn_relu_avg_pool(x, bn), (x, gamma, beta), dy, asked)
             return (None, None, None, None, None, *grads, None, None)
         k = ops.table(ctx.backend, x)

@@ -24,6 +24,7 @@ __all__ = [
     "is_batch_norm",
     "is_convolution",
     "observed",
+    "recomputing",
     "runs",
     "runs_batch_norm",
     "runs_convolution",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _CALL = nn.Module.__call__
+_CALL_IMPL = nn.Module._call_impl
 _BATCH_NORM = nn.BatchNorm2d.forward
 _CHECK = nn.BatchNorm2d._check_input_dim
 _SYNC_BATCH_NORM = nn.SyncBatchNorm.forward
@@ -62,6 +64,14 @@ def transforming() -> bool:
     )
 
 
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward pass: activation checkpointing does it over again.
+
+    Running statistics are those of the first time; to update them once more would count the batch twice.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def observed(input: Any) -> bool:
     """Whether somebody follows the calls of all modules: global hooks, tracers, a patched ``nn.Module.__call__``.
 
@@ -75,8 +85,19 @@ def observed(input: Any) -> bool:
     if torch.compiler.is_compiling():
         return False
     call = nn.Module.__call__
-    # make_fx notes in which module an operation ran, and needs no other calls for that.
-    return transforming() or (call is not _CALL and call.__module__ != "torch.fx._symbolic_trace")
+    return (
+        transforming() or (call is not _CALL and not _of_fx(call)) or nn.Module._call_impl is not _CALL_IMPL
+    )
+
+
+def _of_fx(call: Callable[..., Any]) -> bool:
+    """Whether tracers of ``torch.fx`` put ``call`` there. Of ours only make_fx's gets to that question.
+
+    It notes in which module an operation ran, and needs no other calls for that. The function's ``__module__`` is
+    that of what it wraps.
+    """
+    scope: dict[str, Any] = getattr(call, "__globals__", {})
+    return scope.get("__name__") == "torch.fx._symbolic_trace"
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -95,9 +116,11 @@ def runs(module: nn.Module, forward: Callable[..., Any]) -> bool:
     held, cls = module.__dict__, type(module)
     return not (
         "forward" in held
+        or "_call_impl" in held
         or held.get("_compiled_call_impl") is not None
         or cls.forward is not forward
         or cls.__call__ is not nn.Module.__call__
+        or cls._call_impl is not nn.Module._call_impl
     )
 
 

@@ -33,14 +33,12 @@ def group_of(module: Any) -> Group | None:
     """
     if not (module.training and dist.is_available() and dist.is_initialized()):
         return None
-    group = module.process_group or dist.group.WORLD
+    group: Any = module.process_group or dist.group.WORLD
     size = dist.get_world_size(group)
     return Group(group.group_name, size) if size > 1 else None
 
 
-def merged(
-    mean: Tensor, var: Tensor, count: int, eps: float, group: Group
-) -> tuple[Tensor, Tensor, Tensor]:
+def merged(mean: Tensor, var: Tensor, count: int, eps: float, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and number of values per channel of all ranks: [C], [C], [1].
 
     ``mean``, ``var`` and ``count`` are this rank's. Chan's formula for all parts at once, from a mean that is one of
@@ -61,9 +59,7 @@ def merged(
     return mean, (share * (variances + (means - mean).square())).sum(0), total
 
 
-def summed(
-    sum_g: Tensor, sum_gx: Tensor, count: int, total: Tensor, group: Group
-) -> tuple[Tensor, Tensor]:
+def summed(sum_g: Tensor, sum_gx: Tensor, count: int, total: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """The two sums of a BN's backward over all ranks, times count / total.
 
     Whoever applies the BN's gradient divides by this rank's ``count`` of values, and so by ``total``.
@@ -74,7 +70,7 @@ def summed(
 
 
 def reduced(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """The sums over all ranks of vectors of one dtype, by one all-reduce that can be differentiated any number of times."""
+    """The sums of vectors over all ranks, by one all-reduce that can be differentiated any number of times."""
     both: Tensor = _AllReduce.apply(torch.cat(list(parts)), group)
     return list(both.split([part.shape[0] for part in parts]))
 
@@ -94,4 +90,5 @@ class _AllReduce(torch.autograd.Function):
 
 def _reduced(x: Tensor, group: Group) -> Tensor:
     made: Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group.name)
-    return torch.ops._c10d_functional.wait_tensor(made)  # type: ignore[no-any-return]
+    made = torch.ops._c10d_functional.wait_tensor(made)
+    return made

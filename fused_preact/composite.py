@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import BatchNorm, Convolution
-from .calls import transforming
+from .calls import recomputing, transforming
 from .collective import Group, reduced
 from .reference import statistics_dtype
 
@@ -49,9 +49,13 @@ def activated(x: Tensor, bn: BatchNorm) -> Tensor:
     """
     if bn.group is not None and transforming():
         raise RuntimeError(
-            "nn.SyncBatchNorm in training calls the other processes, which torch.func transforms, forward-mode AD and "
-            "torch.jit.trace cannot follow: allowed there are eval mode and nn.BatchNorm2d"
+            "nn.SyncBatchNorm in training calls the other processes, which torch.func transforms, forward-mode AD "
+            "and torch.jit.trace cannot follow: allowed there are eval mode and nn.BatchNorm2d"
         )
+    if bn.training and recomputing():
+        # Copies, since the recomputation has to save as many tensors as the first forward did.
+        mean, var = (None if t is None else t.clone() for t in (bn.running_mean, bn.running_var))
+        bn = bn._replace(running_mean=mean, running_var=var, num_batches_tracked=None)
     momentum = bn.momentum
     if bn.training and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)

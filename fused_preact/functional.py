@@ -28,7 +28,7 @@ from .arguments import (
     values_per_channel,
 )
 from .autograd import HeadFunction, UnitFunction
-from .calls import transforming
+from .calls import recomputing, transforming
 from .reference import statistics_dtype
 
 __all__ = [
@@ -262,6 +262,8 @@ def _update_running_statistics(
 
     ``updates``: BN, mean, biased variance and values per channel. One operation for those of like momentum.
     """
+    if recomputing():
+        return
     alike: dict[tuple[float | None, bool], list[int]] = {}
     for index, (bn, _, _, count) in enumerate(updates):
         if not bn.training:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .calls import has_hooks, observed, runs
+from .calls import has_hooks, observed
 from .convert.analysis import modes, put
 from .convert.eager import FusedForward
 from .folding import (
@@ -30,7 +31,7 @@ from .folding import (
     run_stem,
 )
 from .functional import to_native_format
-from .modules import PreActSequential, Stem, _PreActUnit
+from .modules import PreActSequential, Stem, _PreActUnit, takes_statistics
 from .reference import memory_format_of
 
 __all__ = ["optimize_for_inference", "undo_optimize_for_inference"]
@@ -43,9 +44,10 @@ _IN_A_ROW = nn.Sequential.forward  # as it was at import: see calls.py
 def optimize_for_inference(model: Model) -> Model:
     """Let the units of ``model`` run with folded, prepacked weights where nobody needs a gradient; returns ``model``.
 
-    Units are ours, and the blocks of other models that :func:`fuse` made one call of. Takes effect in eval mode under ``torch.no_grad()`` or ``torch.inference_mode()``. Parameters, buffers and state
-    dict stay as they are, training goes on as before, and :func:`undo_optimize_for_inference` removes it again. The
-    copies take about the memory of the weights (in float32 on a CPU).
+    Units are ours, and the blocks of other models that :func:`fuse` made one call of. Takes effect in eval mode under
+    ``torch.no_grad()`` or ``torch.inference_mode()``. Parameters, buffers and state dict stay as they are, training
+    goes on as before, and :func:`undo_optimize_for_inference` removes it again. The copies take about the memory of
+    the weights (in float32 on a CPU).
 
     Whatever a copy was made of is compared at each call, by identity, address and version: after ``load_state_dict``,
     an optimiser's step, ``.to()`` or another ``eps`` it is made anew. Writes that PyTorch does not count
@@ -57,10 +59,10 @@ def optimize_for_inference(model: Model) -> Model:
 
     As before run: training mode, calls that record gradients, ``torch.compile`` (which traces the unfolded model),
     ``torch.func`` transforms and tracers, hooks on a unit's children or on all modules, children that do something
-    else than PyTorch's BatchNorm2d and Conv2d, parametrised weights, BNs without running statistics, and
-    ``PreActConv2d``, which has nothing to fold. Under autocast the input is cast as always, and the CPU kernels keep
-    the folded weights in float32. On a CPU a chain of units is one operation, in which each thread takes its images
-    through all units, and so is a stem; elsewhere each convolution is one.
+    else than PyTorch's BatchNorm2d and Conv2d, parametrised weights, tensors that are plain attributes, BNs without
+    running statistics, and ``PreActConv2d``, which has nothing to fold. Under autocast the input is cast as always,
+    and the CPU kernels keep the folded weights in float32. On a CPU a chain of units is one operation, in which each
+    thread takes its images through all units, and so is a stem; elsewhere each convolution is one.
 
     Raises TypeError where ``model`` is no module and ValueError where it holds no units.
     """
@@ -74,7 +76,7 @@ def optimize_for_inference(model: Model) -> Model:
     if not (ours or installed):
         raise ValueError(
             f"model: got a {type(model).__name__} without residual units, allowed is a network that holds some: "
-            "fused_preact's (PreActBasicBlock, PreActBottleneck), or blocks that fused_preact.fuse(model) has made one"
+            "PreActBasicBlock, PreActBottleneck, or blocks that fused_preact.fuse(model) has made into one"
         )
     return model
 
@@ -95,7 +97,7 @@ def undo_optimize_for_inference(model: Model) -> Model:
 
 
 def _install(module: nn.Module) -> bool:
-    """Chains as long as possible: a sequence of foldable units is one, however it is nested. Says if there are any."""
+    """Chains as long as possible: a sequence of foldable units is one, however it is nested. Whether there are any."""
     chain = list(_leaves(module))
     if isinstance(module, Stem) or (chain and all(_unit(m) is not None for m in chain)):
         slot: Any = module
@@ -123,7 +125,7 @@ def _unit(module: nn.Module) -> UnitArguments | None:
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
     """What a sequence of units calls one after the other; a module that is no such sequence is itself the leaf."""
-    ours = type(module) is PreActSequential and runs(module, PreActSequential.forward)
+    ours = type(module) is PreActSequential and takes_statistics(module)
     if ours or (type(module) is nn.Sequential and _runs_in_a_row(module)):
         for child in module.children():
             yield from _leaves(child)
@@ -142,20 +144,26 @@ def _runs_in_a_row(module: nn.Module) -> bool:
 
 _CONSTANTS = (
     *("fused", "training", "eps", "padding_mode", "ceil_mode", "return_indices"),
-    *("kernel_size", "stride", "padding", "dilation", "groups", "shortcut"),
+    *("kernel_size", "stride", "padding", "dilation", "groups", "shortcut", "forward"),
 )
-_REPLACED = ("forward", "_conv_forward", "_check_input_dim", "_compiled_call_impl")
-"""What an instance may have in the place of its class's."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HELD = operator.itemgetter("_parameters", "_buffers", "_modules")
+_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _places(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return module._parameters, module._buffers, module._modules
+def _held(attributes: list[dict[str, Any]]) -> list[Any]:
+    """What the modules of these ``__dict__`` hold, read from there: somebody may have put another dictionary."""
+    return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, attributes)))))
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether what the call of ``module`` depends on is among :data:`_CONSTANTS`: other classes may ask anything."""
+    return type(module).__module__.startswith(("torch.nn.", "fused_preact."))
 
 
 def _methods(classes: list[type[nn.Module]]) -> list[Any]:
     """What calls of modules of ``classes`` run, where somebody may have put something else."""
-    return [method for cls in classes for method in (cls.__call__, cls.forward)]
+    helpers = (nn.Conv2d._conv_forward, nn.BatchNorm2d._check_input_dim)
+    return [*helpers, *(method for cls in classes for method in (cls.__call__, cls._call_impl, cls.forward))]
 
 
 class _Watched:
@@ -163,23 +171,25 @@ class _Watched:
 
     def __init__(self, root: nn.Module) -> None:
         modules = list(root.modules())
-        self.hooks = [getattr(m, name) for m in modules if m is not root for name in _HOOKS]
         self.modules = modules
         self.types = list(map(type, modules))
         self.classes = [nn.Conv2d, nn.BatchNorm2d, *dict.fromkeys(self.types)]
         self.methods = _methods(self.classes)
+        self.attributes = [m.__dict__ for m in modules]
+        self.below = [m.__dict__ for m in modules if m is not root]
         # An attribute that comes to an instance later may stand before its class's.
-        self.children = [*(m._modules for m in modules), *(m.__dict__ for m in modules)]
-        self.counts = list(map(len, self.children))
-        places: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-            (d, tuple(d)) for m in modules for d in _places(m)
+        self.names = list(map(tuple, self.attributes))
+        self.objects = _held(self.attributes)
+        names = (_CONSTANTS if _known(m) else tuple(m.__dict__) for m in modules)
+        self.getters = [
+            operator.itemgetter(*(n for n in wanted if n in d))
+            for wanted, d in zip(names, self.attributes, strict=True)
         ]
-        places += [(d, [name for name in _CONSTANTS if name in d]) for d in (m.__dict__ for m in modules)]
-        places += [(m.__dict__, _REPLACED[:1]) for m in modules]
-        self.places = [place for place, names in places for _ in names]
-        self.names = [name for _, names in places for name in names]
-        self.objects = list(map(dict.get, self.places, self.names))
-        named = [*root.named_parameters(), *root.named_buffers()]
+        self.constants = self._constants()
+        # An inference tensor counts no writes. It is in the lists above, and what it belongs to is not folded.
+        named = [
+            pair for pair in (*root.named_parameters(), *root.named_buffers()) if not pair[1].is_inference()
+        ]
         self.tensors = [t for name, t in named if not name.endswith("num_batches_tracked")]
         self.versions = [t._version for t in self.tensors]
         self.addresses = [t.data_ptr() for t in self.tensors]
@@ -188,18 +198,34 @@ class _Watched:
         self.on_cpu = all(t.device.type == "cpu" for t in self.tensors)
         self.bytes = self._bytes()
 
+    def heard(self) -> bool:
+        """Whether somebody listens to the calls of the modules, but for the root, whose call is what is asked for."""
+        return any(chain.from_iterable(map(_HOOKS, self.below)))
+
+    def _constants(self) -> list[Any]:
+        return [get(d) for get, d in zip(self.getters, self.attributes, strict=True)]
+
+    def _same_constants(self) -> bool:
+        try:
+            return self._constants() == self.constants
+        except Exception:  # of another object whose equality is no truth value
+            return False
+
     def _bytes(self) -> Any:
         """Changes with what uncounted writes leave in the tensors: equal where there were none."""
-        return fingerprint(self.aliases) if self.on_cpu else None
+        return fingerprint(self.aliases) if self.on_cpu and self.aliases else None
 
     def unchanged(self) -> bool:
         """Whether every module, tensor and constant is the one it was, and no tensor has been written to.
 
         In whole lists, since it precedes each call: some thousand comparisons for ResNet-164.
         """
+        held = _held(self.attributes)
         return (
-            all(map(operator.is_, map(dict.get, self.places, self.names), self.objects))
-            and list(map(len, self.children)) == self.counts
+            len(held) == len(self.objects)
+            and all(map(operator.is_, held, self.objects))
+            and list(map(tuple, self.attributes)) == self.names
+            and self._same_constants()
             and list(map(type, self.modules)) == self.types
             and _methods(self.classes) == self.methods
             and [t._version for t in self.tensors] == self.versions
@@ -240,7 +266,7 @@ class _Folded:
         if observed(x) or type(x) is not Tensor or x.dim() != 4 or x.numel() == 0:
             return None
         state = self._current()
-        if state is None or state.fold is None or any(state.watched.hooks):
+        if state is None or state.fold is None or state.watched.heard():
             return None
         fold = state.fold
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state.watched.tensors)):
@@ -267,11 +293,12 @@ class _Folded:
             # Hooks come and go, and a lazy module, which has one, is not yet what it will be.
             if not any(m.training or has_hooks(m) for m in modules if m is not self._root):
                 with torch.no_grad():
-                    self._state = state = _State(_Watched(self._root), _fold(self._root))
+                    watched = _Watched(self._root)
+                    self._state = state = _State(watched, _fold(self._root, watched))
         return state
 
 
-def _fold(root: nn.Module) -> _Fold | None:
+def _fold(root: nn.Module, watched: _Watched) -> _Fold | None:
     made: dict[Any, Any] = {}
     if isinstance(root, Stem):
         if not foldable_stem(root):
@@ -283,6 +310,9 @@ def _fold(root: nn.Module) -> _Fold | None:
         units = [unit for unit in found if unit is not None]
         if not units or len(units) < len(found):
             return None
+        seen = set(map(id, watched.tensors))
+        if any(id(t) not in seen for unit in units for t in unit.origins()):
+            return None  # a plain attribute, which is not looked at for writes
         weights = [conv.weight for unit in units for _, conv in unit.sites]
         weight = weights[0]
         if any((w.device, w.dtype) != (weight.device, weight.dtype) for w in weights):

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .calls import has_hooks, observed, runs, runs_batch_norm, runs_convolution
+from . import composite
+from .calls import has_hooks, observed, recomputing, runs, runs_batch_norm, runs_convolution
 from .functional import BatchNorm, Convolution, Statistics, preact_site, residual_unit
 
 __all__ = [
@@ -39,6 +40,13 @@ def _child(module: nn.Module, name: str) -> Any:
     """``getattr(module, name)``, by the short way where it is a child."""
     child = module._modules.get(name)
     return getattr(module, name) if child is None else child
+
+
+def activated(bn: nn.Module, x: Tensor) -> Tensor:
+    """``relu(bn(x))``, which updates running statistics once under activation checkpointing as fused calls do."""
+    if recomputing() and bn.training and runs_batch_norm(bn):
+        return composite.activated(x, BatchNorm.of(bn))  # type: ignore[arg-type]
+    return F.relu(bn(x))
 
 
 Folded = Callable[[Tensor], Tensor | None]
@@ -97,7 +105,7 @@ class PreActConv2d(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         bn, conv = _child(self, "bn"), _child(self, "conv")
         if not self.fused or observed(input) or not (runs_batch_norm(bn) and runs_convolution(conv)):
-            y = self.conv(F.relu(self.bn(input)))
+            y = self.conv(activated(self.bn, input))
             return y if residual is None else y + residual
         return preact_site(input, BatchNorm.of(bn), Convolution.of(conv), residual)
 
@@ -131,9 +139,12 @@ class IdentityProjection(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, stride={self.stride}"
 
 
+_PROJECT = IdentityProjection.forward
+
+
 def is_identity_projection(module: nn.Module) -> bool:
     """Whether ``module`` is an :class:`IdentityProjection` and nothing that somebody made of it."""
-    return type(module) is IdentityProjection and runs(module, IdentityProjection.forward)
+    return type(module) is IdentityProjection and runs(module, _PROJECT)
 
 
 def _shortcut(
@@ -216,11 +227,11 @@ class _PreActUnit(nn.Module):
         """The definition, child by child."""
         pairs = iter(self.sites())
         bn, conv = next(pairs)
-        activated = F.relu(bn(input))
-        y = conv(activated)
+        a = activated(bn, input)
+        y = conv(a)
         for bn, conv in pairs:
-            y = conv(F.relu(bn(y)))
-        return y + (input if self.shortcut is None else self.shortcut(activated))
+            y = conv(activated(bn, y))
+        return y + (input if self.shortcut is None else self.shortcut(a))
 
 
 class PreActBasicBlock(_PreActUnit):
@@ -323,11 +334,15 @@ class PreActSequential(nn.Sequential):
         return x, statistics
 
 
+# As they are now: somebody may put others there.
+_UNIT, _SEQUENCE = _PreActUnit.forward, PreActSequential.forward
+
+
 def takes_statistics(module: nn.Module) -> bool:
     """Whether calling ``module`` runs a forward of this file that hands statistics on, hooks apart."""
     if isinstance(module, _PreActUnit):
-        return runs(module, _PreActUnit.forward)
-    return isinstance(module, PreActSequential) and runs(module, PreActSequential.forward)
+        return runs(module, _UNIT)
+    return isinstance(module, PreActSequential) and runs(module, _SEQUENCE)
 
 
 def call_with_statistics(

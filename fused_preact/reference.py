@@ -77,7 +77,11 @@ def _column(vector: Tensor) -> Tensor:
 
 
 def _normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Z = s x + t, in the dtype of the statistics."""
+    """Z = s x + t, in the dtype of the statistics; rounded as PyTorch's BN on a CPU rounds it."""
+    if x.dtype != scale.dtype:
+        # A 16-bit x: the product is rounded as mu s was in t, so that a constant channel is exactly beta = 0. A fused
+        # multiply and add would leave the rounding of t, of the size of mu s.
+        return x.to(scale.dtype).mul_(_column(scale)).add_(_column(shift))
     return torch.addcmul(_column(shift), x.to(scale.dtype), _column(scale))
 
 

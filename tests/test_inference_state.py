@@ -78,6 +78,30 @@ def _infer_mode(model: Any) -> None:
         model[0].bn2.running_mean.add_(1)
 
 
+def _assign_in_inference_mode(model: nn.Module) -> None:
+    """Leaves tensors that count no writes."""
+    with torch.inference_mode():
+        _assign(model)
+
+
+def _other_parameters(model: Any) -> None:
+    conv = model[1].conv2
+    conv._parameters = {"weight": nn.Parameter(conv.weight * 2), "bias": None}
+
+
+def _other_attribute(model: Any) -> None:
+    """In the place of one that nobody needs: the instance holds as many as before."""
+    conv = model[1].conv2
+    plain = conv._conv_forward
+    del conv.output_padding
+    conv._conv_forward = lambda x, weight, bias: plain(x, 2 * weight, bias)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "load_state_dict": _load,
     "load_state_dict-assign": _assign,
@@ -93,6 +117,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "batch-norm": lambda m: setattr(m[1], "bn2", nn.BatchNorm2d(8, track_running_stats=False).eval()),
     "unit-added": lambda m: m.append(PreActBottleneck(32, 32).eval()),
     "foreign-added": lambda m: m.append(nn.Hardtanh(-0.1, 0.1)),
+    "inference-mode-assign": _assign_in_inference_mode,
+    "parameters-swapped": _other_parameters,
+    "class-changed": lambda m: setattr(m[1].conv2, "__class__", Doubled),
+    "attribute-swapped": _other_attribute,
     "plain": lambda m: setattr(m[0], "fused", False),
 }
 
@@ -110,6 +138,29 @@ def test_changes_are_seen(change: str) -> None:
         assert not torch.allclose(y, old, atol=1e-4), "the change shows"
 
 
+@pytest.mark.parametrize(
+    "place", ["1.bn2.running_var", "1.bn1.weight", "0.conv1.weight", "1.conv3.weight", "0.shortcut.weight"]
+)
+def test_plain_attributes_are_not_folded(place: str) -> None:
+    """As hypernetworks leave them: a tensor that is no parameter, another one or other numbers at each call."""
+    model: Any = awkward(PreActSequential(PreActBottleneck(16, 32, 2), PreActBottleneck(32, 32)))
+    *path, name = place.split(".")
+    owner = model.get_submodule(".".join(path))
+    tensor = getattr(owner, name).detach()
+    delattr(owner, name)
+    setattr(owner, name, tensor.clone())
+    x = torch.randn(2, 16, 7, 9)
+    optimize_for_inference(model)
+    for step in range(3):
+        y = model(x)
+        expected = undo_optimize_for_inference(copy.deepcopy(model))(x)
+        torch.testing.assert_close(y, expected, msg=f"step {step}")
+        if step == 0:
+            getattr(owner, name).mul_(2)
+        else:
+            setattr(owner, name, tensor * 3)
+
+
 @pytest.mark.parametrize("how", ["copy", "pickle"])
 def test_copies_fold_their_own(how: str) -> None:
     model, x = make("sequence")
@@ -124,6 +175,68 @@ def test_copies_fold_their_own(how: str) -> None:
     model.load_state_dict({k: v * 0 for k, v in model.state_dict().items()})
     assert torch.equal(other(x), expected)
     assert other._folded._root is other
+
+
+class Foreign(nn.Module):
+    """Somebody's block, with attributes that its forward asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.skip, self.gain = True, 1.0
+        self.unread = torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.bn2(self.conv1(self.bn1(x).relu())).relu())
+        y = y + x if self.skip else y
+        return y if self.gain == 1 else y * self.gain
+
+
+FOREIGN_CHANGES: dict[str, Callable[[Any], Any]] = {
+    "attribute": lambda m: setattr(m[0], "skip", False),
+    "other-attribute": lambda m: setattr(m[1], "gain", 3.0),
+    "unread": lambda m: (setattr(m[0], "unread", torch.ones(3)), m[0].bn2.bias.add_(1)),
+    "forward": lambda m: setattr(m[0], "forward", lambda x: 2 * x),
+    "weight": lambda m: m[0].conv2.weight.data.mul_(3),
+    "eps": lambda m: setattr(m[1].bn1, "eps", 0.5),
+    "hook": lambda m: m[1].conv1.register_forward_hook(lambda module, args, y: 2 * y),
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN_CHANGES)
+def test_changes_of_converted_blocks_are_seen(change: str) -> None:
+    model: Any = awkward(nn.Sequential(Foreign(), Foreign()))
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 8, 5, 6)
+    old = optimize_for_inference(fused_preact.fuse(model))(x)
+    assert model.forward.folded._state.fold is not None
+    torch.testing.assert_close(old, plain(x))
+    done = [FOREIGN_CHANGES[change](changed) for changed in (model, plain)]
+    y = model(x)
+    torch.testing.assert_close(y, plain(x))
+    assert not torch.allclose(y, old)
+    if change == "hook":
+        fused = fused_preact.undo_optimize_for_inference(model)
+        torch.testing.assert_close(fused(x), plain(x))
+        for handle in done:
+            handle.remove()
+        torch.testing.assert_close(fused(x), old)
+        assert fused[1].forward.matches == 1, "fused again"
+
+
+def test_plain_attributes_of_converted_blocks_are_not_folded() -> None:
+    model: Any = awkward(nn.Sequential(Foreign(), Foreign()))
+    weight = model[0].conv2.weight.detach()
+    del model[0].conv2.weight
+    model[0].conv2.weight = weight
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 8, 5, 6)
+    optimize_for_inference(fused_preact.fuse(model))
+    for _ in range(2):
+        torch.testing.assert_close(model(x), plain(x))
+        for changed in (model, plain):
+            changed[0].conv2.weight.mul_(2)
 
 
 # --- what runs as before ------------------------------------------------------------------------------------

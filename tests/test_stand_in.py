@@ -1,12 +1,14 @@
 """A fused call stands in for its children only where nobody could tell: one table of cases.
 
-What may be done to a child, in every place where calls are fused, in training and in evaluation: the numbers are those
-of the same modules run one by one, and whoever listens hears as many calls.
+What may be done to a child, in every place where calls are fused, in training and in evaluation: the numbers are
+those of the same modules run one by one, and whoever listens hears as many calls.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,6 +101,35 @@ def _class_patched(owner: nn.Module, name: str, heard: Heard, stack: contextlib.
     stack.callback(lambda: setattr(cls, "forward", plain) if had else delattr(cls, "forward"))
 
 
+def _replaced(method: str, where: str) -> Change:
+    """What ``forward`` or the call itself is made of, on the instance, its class or all modules."""
+
+    def change(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitStack) -> None:
+        child: Any = getattr(owner, name)
+        holder: Any = {"instance": child, "class": type(child), "modules": nn.Module}[where]
+        plain, kind = getattr(holder, method), type(child)
+
+        def call(*args: Any) -> Any:
+            if where != "instance" and type(args[0]) is not kind:
+                return plain(*args)
+            heard()
+            result = plain(*args)
+            return None if result is None else 2 * result
+
+        had = method in vars(holder)
+        setattr(holder, method, call)
+        stack.callback(lambda: setattr(holder, method, plain) if had else delattr(holder, method))
+
+    return change
+
+
+def _other_hooks(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitStack) -> None:
+    """Another dictionary of hooks, as one gets rid of all hooks at once."""
+    child = getattr(owner, name)
+    child._forward_hooks = collections.OrderedDict()
+    child.register_forward_hook(lambda module, args, y: (heard(), 2 * y)[1])
+
+
 def _call_patched(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitStack) -> None:
     kind, plain = type(getattr(owner, name)), nn.Module.__call__
 
@@ -183,6 +214,10 @@ def _conv_like(conv: Any, kind: Any = nn.Conv2d, **kwargs: Any) -> nn.Conv2d:
     return kind(*sizes, **arguments)
 
 
+def _sized_like(conv: Any, kernel: Any, **kwargs: Any) -> nn.Conv2d:
+    return nn.Conv2d(conv.in_channels, conv.out_channels, kernel, bias=conv.bias is not None, **kwargs)
+
+
 class _Adapted(nn.Module):
     """A wrapped convolution, as low-rank adapters are."""
 
@@ -215,7 +250,20 @@ def _pruned(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitSta
     prune.l1_unstructured(getattr(owner, name), "weight", 0.5)
 
 
+def _function(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitStack) -> None:
+    """No module at all."""
+    child: Any = getattr(owner, name)
+    delattr(owner, name)
+
+    def call(x: Tensor) -> Tensor:
+        heard()
+        return 2 * child(x)
+
+    setattr(owner, name, call)
+
+
 ANY: dict[str, Change] = {
+    "function": _function,
     "forward-hook": _hook("register_forward_hook"),
     "forward-pre-hook": _hook("register_forward_pre_hook"),
     "backward-hook": _hook("register_full_backward_hook"),
@@ -227,6 +275,10 @@ ANY: dict[str, Change] = {
     "forward-on-the-instance": _patched,
     "forward-on-the-class": _class_patched,
     "call-of-all-modules": _call_patched,
+    "inner-call-of-all-modules": _replaced("_call_impl", "modules"),
+    "inner-call-on-the-class": _replaced("_call_impl", "class"),
+    "inner-call-on-the-instance": _replaced("_call_impl", "instance"),
+    "other-hooks": _other_hooks,
     "compiled": _compiled,
     "sequential": _put(lambda child, heard: nn.Sequential(child)),
     "identity": _put(lambda child, heard: nn.Identity()),
@@ -236,6 +288,8 @@ NORM: dict[str, Change] = {
     "instance-norm": _put(lambda bn, heard: nn.InstanceNorm2d(bn.num_features)),
     "frozen": _put(lambda bn, heard: _like(bn, _Frozen)),
     "check-overridden": _put(lambda bn, heard: _like(bn, _Any)),
+    "check-on-the-class": _replaced("_check_input_dim", "class"),
+    "check-on-the-instance": _replaced("_check_input_dim", "instance"),
     "call-overridden": _put(lambda bn, heard: _like(bn, _Called)),
 }
 NORM_FUSED: dict[str, Change] = {
@@ -255,9 +309,12 @@ NORM_FUSED: dict[str, Change] = {
 CONV: dict[str, Change] = {
     "standardised": _put(lambda conv, heard: _conv_like(conv, _Standardised)),
     "convolve-overridden": _put(lambda conv, heard: _conv_like(conv, _Convolved)),
+    "convolve-on-the-class": _replaced("_conv_forward", "class"),
+    "convolve-on-the-instance": _replaced("_conv_forward", "instance"),
     "wrapped": _put(lambda conv, heard: _Adapted(conv, heard)),
     "reflected": _put(lambda conv, heard: _conv_like(conv, padding_mode="reflect")),
     "reflected-later": _set(padding_mode="circular"),
+    "same-uneven": _put(lambda conv, heard: _sized_like(conv, (2, 4), padding="same")),
     "pruned": _pruned,
 }
 CONV_FUSED: dict[str, Change] = {
@@ -265,12 +322,15 @@ CONV_FUSED: dict[str, Change] = {
     "property": _put(lambda conv, heard: _conv_like(conv, _Property)),
     "weight-norm": _parametrised,
     "bias": _put(lambda conv, heard: _conv_like(conv, bias=True)),
+    "same": _put(lambda conv, heard: _sized_like(conv, (3, 2), padding="same", dilation=(1, 2))),
+    "valid": _put(lambda conv, heard: _sized_like(conv, 1, padding="valid")),
 }
 SHORTCUT: dict[str, Change] = {
     "average": _put(lambda conv, heard: nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(6, 9, 1))),
     "normalised": _put(lambda conv, heard: nn.Sequential(conv, nn.BatchNorm2d(9))),
     "wrapped": _put(lambda conv, heard: _Adapted(conv, heard)),
 }
+SHORTCUT_FUSED: dict[str, Change] = {"nothing": lambda owner, name, heard, stack: None}
 
 
 # --- where ------------------------------------------------------------------------------------------------------
@@ -294,6 +354,7 @@ PLACES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], tuple[nn.Module
     "unit-first-bn": (lambda: PreActBasicBlock(6, 9, 2), lambda m: (m, "bn1"), "bn"),
     "unit-last-conv": (lambda: PreActBottleneck(6, 12), lambda m: (m, "conv3"), "conv-1x1"),
     "unit-shortcut": (lambda: PreActBasicBlock(6, 9, 2), lambda m: (m, "shortcut"), "shortcut"),
+    "unit-padding": (lambda: PreActBasicBlock(6, 9, 2, shortcut="A"), lambda m: (m, "shortcut"), "padding"),
     "sequence-bn": (_row, lambda m: (m[1][0], "bn2"), "bn"),
     "sequence-conv": (_row, lambda m: (m[1][1], "conv1"), "conv"),
     "head": (_tiny, lambda m: (m, "bn"), "bn"),
@@ -305,7 +366,8 @@ _CHANGES = {
         {k: v for k, v in {**ANY, **CONV}.items() if not k.startswith(("reflected", "identity"))},
         CONV_FUSED,
     ),
-    "shortcut": ({**{k: v for k, v in ANY.items() if k != "identity"}, **SHORTCUT}, {}),
+    "shortcut": ({**{k: v for k, v in ANY.items() if k != "identity"}, **SHORTCUT}, SHORTCUT_FUSED),
+    "padding": ({k: v for k, v in ANY.items() if k != "identity"}, SHORTCUT_FUSED),
 }
 CASES = [
     pytest.param(place, change, fused, id=f"{place}-{name}")
@@ -471,7 +533,14 @@ def _unit_patched() -> nn.Module:
     return unit
 
 
+def _hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, args, y: 0.5 * y)
+    return module
+
+
 WRAPPED = {
+    "unit-hooked": _wrap(lambda: _hooked(PreActBasicBlock(6, 6))),
+    "sequence-hooked": _wrap(lambda: _hooked(PreActSequential(PreActBasicBlock(6, 6)))),
     "unit-subclass": _wrap(lambda: Halved(6, 6)),
     "unit-instance": _wrap(_unit_patched),
     "sequence-subclass": _wrap(lambda: Reversed(PreActBasicBlock(6, 6))),
@@ -500,12 +569,53 @@ def test_units(wrapped: str, fused: bool, mode: str) -> None:
     same(found, run_as_sequence(set_fused(module, False)))
 
 
+@pytest.mark.parametrize("when", ["plain", "fused", "folded-before", "folded-after"])
+@pytest.mark.parametrize("patched", ["unit", "sequence"])
+def test_forwards_patched_on_our_classes(patched: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row: Any = disturb(PreActSequential(PreActSequential(PreActBasicBlock(6, 6)))).eval()
+    set_fused(row, when != "plain")
+    x = torch.randn(2, 6, 5, 5)
+    cls: Any = PreActSequential if patched == "sequence" else modules._PreActUnit
+    forward = cls.forward
+    with torch.no_grad():
+        expected = row(x)
+        if when == "folded-after":
+            optimize_for_inference(row)(x)
+        monkeypatch.setattr(cls, "forward", lambda self, x: 2 * forward(self, x))
+        if when == "folded-before":
+            optimize_for_inference(row)
+        torch.testing.assert_close(row(x), expected * (4 if patched == "sequence" else 2))
+
+
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_buffers())
 
 
 def run_as_sequence(module: Any) -> dict[str, Tensor]:
     return run(nn.Sequential(*module), True)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "folded"])
+def test_global_hooks_hear_every_module(mode: str) -> None:
+    """In the order of the plain model's calls, units and sequences too."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(1)
+        net = set_fused(disturb(_tiny()), fused).train(mode == "train")
+        names = {module: name for name, module in net.named_modules()}
+        heard: list[str] = []
+        x = torch.randn(3, 6, 8, 6)
+        with torch.set_grad_enabled(mode == "train"):
+            if mode == "folded" and fused:
+                optimize_for_inference(net)(x)
+            handle = nn.modules.module.register_module_forward_pre_hook(
+                lambda module, args, heard=heard, names=names: heard.append(names[module])
+            )
+            net(x)
+        handle.remove()
+        found.append(heard)
+    assert found[0] == found[1]
+    assert len(found[0]) == len(names)
 
 
 # --- transforms and tracers ---------------------------------------------------------------------------------------
@@ -580,6 +690,19 @@ def test_transforms_in_training(transform: str) -> None:
         torch.testing.assert_close(a, b, msg=key)
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_make_fx_keeps_the_operations(name: str) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    module = _plain_and_fused(name)[1].requires_grad_(False)
+    x = torch.randn(3, 6, 8, 6)
+    traced = make_fx(module)(x)
+    called = {str(node.target) for node in traced.graph.nodes}
+    assert any(target.startswith("fused_preact.conv_fprop") for target in called)
+    assert "aten.relu.default" not in called
+    torch.testing.assert_close(traced(x), module(x))
+
+
 def test_functions_under_transforms() -> None:
     """Without modules too: PyTorch's own operations serve."""
     x, weight = torch.randn(2, 4, 5, 5), torch.randn(3, 4, 3, 3)
@@ -652,7 +775,8 @@ def test_one_value_per_channel(training: bool) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("segments", [1, 2])
-def test_checkpoints_update_statistics_as_plain(reentrant: bool, segments: int) -> None:
+def test_checkpoints_update_statistics_once(reentrant: bool, segments: int) -> None:
+    """As without a checkpoint, fused and plain; ``torch.nn.BatchNorm2d`` alone would count the batch twice."""
     from torch.utils.checkpoint import checkpoint_sequential
 
     found = []
@@ -660,8 +784,31 @@ def test_checkpoints_update_statistics_as_plain(reentrant: bool, segments: int) 
         torch.manual_seed(1)
         row = PreActSequential(*(PreActBasicBlock(6, 6) for _ in range(4)))
         row = set_fused(disturb(row), fused).train()
+        direct = copy.deepcopy(row)
         x = torch.randn(2, 6, 5, 5, requires_grad=True)
         checkpoint_sequential(row, segments, x, use_reentrant=reentrant).sum().backward()
         assert x.grad is not None
         found.append({"dx": x.grad, **dict(row.named_buffers())})
+        x.grad = None
+        direct(x).sum().backward()
+        same(found[-1], {"dx": x.grad, **dict(direct.named_buffers())})
     same(found[1], found[0])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_of_a_network(reentrant: bool) -> None:
+    """Head and site too, and a converted model's fused sites."""
+    from torch.utils.checkpoint import checkpoint
+
+    for fused in (True, False):
+        net = set_fused(disturb(_tiny()), fused).train()
+        x = torch.randn(2, 6, 8, 6, requires_grad=True)
+        checkpoint(net, x, use_reentrant=reentrant).sum().backward()
+        site = PreActConv2d(6, 6, 3, fused=fused)
+        checkpoint(site, x, use_reentrant=reentrant).sum().backward()
+        norms = [m for part in (net, site) for m in part.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert {int(bn.num_batches_tracked) for bn in norms} == {1}
+    plain = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3))
+    model: Any = fused_preact.fuse(plain)
+    checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    assert int(model[0].num_batches_tracked) == 1

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ..calls import has_hooks
 from .match import Chain, Found, Head, match
+from .roles import Same
 from .tracing import Traced, Untraceable, trace
 
 __all__ = ["Analysis", "Part", "analyse", "modes"]
@@ -39,6 +40,13 @@ class Part:
         """The paths of all modules whose code the match is in."""
         return {path for node in match.nodes() for path in _callers(node)}
 
+    def passing(self) -> set[str]:
+        """The paths of the modules that only pass on what they are given, such as an empty ``Sequential``."""
+        paths = {module: path for path, module in self.traced.root.named_modules() if path}
+        roles = self.found.values.roles.items()
+        active = {path for node, role in roles if not isinstance(role, Same) for path in _callers(node)}
+        return {paths[m] for m in self.traced.inlined if m in paths} - active
+
     def full(self, path: str) -> str:
         """A path of this part's as one of the model's."""
         return ".".join(p for p in (self.path, path) if p)
@@ -60,11 +68,37 @@ class Analysis:
         """By the path of each module to rewrite: the paths of the modules whose code its matches are in."""
         found: dict[str, set[str]] = {}
         for part in self.parts:
-            for m in (*part.found.chains, *part.found.heads):
-                row = part.owner(m)
-                path = part.full(row[-1] if row else "")
-                found.setdefault(path, set()).update(map(part.full, part.callers(m)))
+            passing = part.passing()
+            rows: dict[tuple[str, ...], list[Chain | Head]] = {}
+            for m in part.found.matches:
+                rows.setdefault(part.owner(m), []).append(m)
+            while rows:
+                row = max(rows, key=len)
+                matches = rows.pop(row)
+                owner = row[-1] if row else ""
+                inline = {path for m in matches for path in part.callers(m)}
+                inline |= {path for path in passing if not owner or path.startswith(f"{owner}.")}
+                if row and not _suffices(part.traced, owner, inline, matches):
+                    rows.setdefault(row[:-1], []).extend(matches)
+                else:
+                    found.setdefault(part.full(owner), set()).update(map(part.full, inline))
         return found
+
+
+def _suffices(whole: Traced, owner: str, inline: set[str], matches: list[Chain | Head]) -> bool:
+    """Whether the owner's own trace shows the matches: what it returns may look needed there, and not be."""
+    inner = {id(whole.module(path)) for path in inline}
+    module = whole.module(owner)
+    try:
+        traced = trace(module, None, lambda m: id(m) in inner)
+    except Untraceable:
+        return True  # not with these arguments
+    found = match(traced.graph, traced.module)
+    return _size(found.matches) >= _size(matches)
+
+
+def _size(matches: list[Chain | Head]) -> int:
+    return sum(len(m.nodes()) for m in matches)
 
 
 def analyse(model: nn.Module) -> Analysis:

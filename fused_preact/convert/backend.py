@@ -23,8 +23,8 @@ def backend(
 ) -> Callable[..., Any]:
     """Compile ``graph`` with its sites, units and head fused; the backend of the same name for ``torch.compile``.
 
-    The rest is compiled by Inductor; ``options={"then": NAME}`` names another backend ("eager", "aot_eager", ...), and
-    what else ``options`` and ``mode`` say goes to it. It needs no :func:`fuse`, and works on functional code too.
+    The rest is compiled by Inductor; ``options={"then": NAME}`` names another backend ("eager", "aot_eager", ...),
+    and what else ``options`` and ``mode`` say goes to it. It needs no :func:`fuse`, and works on functional code too.
     Raises ValueError, from ``torch.compile``'s first call, for a backend that PyTorch does not know.
     """
     options = dict(options or {})

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..calls import observed
 from ..modules import Folded
 from .analysis import analyse, modes, put
-from .program import Program, structure_of
+from .program import Failure, Program, structure_of
 from .runtime import UnitCall
-from .tracing import Untraceable
+from .tracing import TENSOR, Untraceable
 from .verify import verify
 
 __all__ = ["fuse", "unfuse"]
@@ -29,13 +29,13 @@ class FusedForward:
     """
 
     is_fused = True
-    _KEPT = 8  # programs: two modes, a few forms of arguments
+    _KEPT = 8  # forms of arguments, and programs of each: two modes, a few changes of the module
 
     def __init__(self, owner: nn.Module, inline: list[nn.Module]) -> None:
         self.owner = owner
         self.inline = inline
-        self.programs: dict[Any, list[Program]] = {}
-        self.runs: dict[tuple[int, bool], Any] = {}
+        self.programs: dict[Any, list[Program | Failure]] = {}
+        self.runs: dict[tuple[tuple[int, ...], bool], Any] = {}
         self.folded: Folded | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,12 +45,12 @@ class FusedForward:
     @property
     def matches(self) -> int:
         """How many fused calls there are in the present state of the module, called with one tensor."""
-        program = self.program(1, (True,), {})
+        program = self.program(1, (TENSOR,), {})
         return 0 if program is None else program.matches
 
     def unit(self) -> UnitCall | None:
         """What the module computes with if it is now one residual unit and nothing else, else None."""
-        program = self.program(1, (True,), {})
+        program = self.program(1, (TENSOR,), {})
         return None if program is None else program.unit(self.owner)
 
     def written(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,17 +78,26 @@ class FusedForward:
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call under ``torch.compile``, which reads the modules of the graph and so guards on what they are."""
-        if kwargs or not all(isinstance(t, Tensor) for t in args):
+        if kwargs or not all(isinstance(a, Tensor | list | tuple) for a in args):
             return self.written(*args, **kwargs)
-        key = len(args), self.owner.training
-        return self.runs[key](self.owner, *args) if self.prepared(*key) else self.written(*args)
+        form = tuple(
+            0 if isinstance(a, Tensor) else len(a) * (1 if isinstance(a, list) else -1) for a in args
+        )
+        tensors = [t for a in args for t in ([a] if isinstance(a, Tensor) else a)]
+        if not all(isinstance(t, Tensor) for t in tensors) or not self.prepared(form, self.owner.training):
+            return self.written(*args)
+        return self.runs[form, self.owner.training](self.owner, *tensors)
 
-    def prepared(self, count: int, training: bool) -> bool:
-        """Whether :attr:`runs` has a program for ``count`` tensors now; ``torch.compile`` asks while it traces."""
-        program = self.program(count, (True,) * count, {})
+    def prepared(self, form: tuple[int, ...], training: bool) -> bool:
+        """Whether :attr:`runs` has a program for such arguments now; ``torch.compile`` asks while it traces.
+
+        ``form`` is 0 for a tensor, the length of a list of tensors, and that of a tuple of them with a minus.
+        """
+        args = tuple([TENSOR] * n if n > 0 else (TENSOR,) * -n if n else TENSOR for n in form)
+        program = self.program(form, args, {})
         if program is None:
             return False
-        self.runs[count, training] = program.run
+        self.runs[form, training] = program.run
         return True
 
     # What torch.compiler.assume_constant_result does, which would import Dynamo (two seconds) with this package.
@@ -96,21 +105,35 @@ class FusedForward:
 
     def program(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
         """The program for arguments of this form in the present state of the module, None where it runs as written."""
+        # What a forward may set around a part of itself shows in its trace only where it makes a difference.
+        key = (
+            key,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch._C._is_any_autocast_enabled(),
+        )
         kept = self.programs.get(key, [])
-        for index, program in enumerate(kept):
+        for program in kept:
             if program.valid():
-                if index:
-                    kept.insert(0, kept.pop(index))  # a mode lasts
-                return program if program.matches else None
+                if program is not kept[0]:  # a mode lasts
+                    self._keep(key, program)
+                return program if isinstance(program, Program) and program.matches else None
+        if key not in self.programs and len(self.programs) >= self._KEPT:
+            return None  # called with a new number each time
         _, _, structure = structure_of(args, kwargs)
         inline = set(map(id, self.inline))
+        made: Program | Failure
         try:
             made = Program(self.owner, lambda m: id(m) in inline, structure)
         except Untraceable:
-            return None
-        # As a whole, so that threads see one or the other.
-        self.programs = {**self.programs, key: [made, *kept][: self._KEPT]}
-        return made if made.matches else None
+            made = Failure(self.owner)
+        self._keep(key, made)
+        return made if isinstance(made, Program) and made.matches else None
+
+    def _keep(self, key: Any, program: Program | Failure) -> None:
+        """Put it first. Tables are replaced as a whole, so that threads see one or the other."""
+        rest = [other for other in self.programs.get(key, []) if other is not program]
+        self.programs = {**self.programs, key: [program, *rest][: self._KEPT]}
 
 
 def fuse(model: Model, example_input: Any = None) -> Model:
@@ -137,11 +160,12 @@ def fuse(model: Model, example_input: Any = None) -> Model:
         raise TypeError(f"model: got {type(model).__name__}, allowed is a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model: got a scripted module, allowed is the torch.nn.Module that it was made of")
-    for name, parameter in model.named_parameters():
-        if torch.nn.parameter.is_lazy(parameter):
-            raise ValueError(
-                f"model: got the uninitialised parameter {name!r}, allowed is a model that has run once"
-            )
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if torch.nn.parameter.is_lazy(tensor):
+                raise ValueError(
+                    f"model: got the uninitialised {kind} {name!r}, allowed is a model that has run once"
+                )
     unfuse(model)
     owners: dict[str, set[str]] = {}
     with modes(model) as every:
@@ -163,7 +187,7 @@ def fuse(model: Model, example_input: Any = None) -> Model:
     if example_input is not None:
         verify(model, fused, example_input)
     for module, forward in fused:
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     return model
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -99,6 +100,10 @@ class Found:
     additions: list[Add]
     """Residual additions that no chain makes."""
 
+    @property
+    def matches(self) -> list[Chain | Head]:
+        return [*self.chains, *self.heads]
+
 
 class Values:
     """Who reads which value, with in-place operations taken as making a new value of the same tensor."""
@@ -107,6 +112,7 @@ class Values:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.roles = {node: role_of(node, modules) for node in graph.nodes}
         self.writes = {node: written_operand(node, modules) for node in graph.nodes}
+        self.norms = [role for role in self.roles.values() if isinstance(role, Normalise)]
         self.readers: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
         self._read: dict[tuple[Node, Node], Node] = {}
         self._family: dict[Node, Node] = {}
@@ -135,7 +141,7 @@ class Values:
 
     def operands(self, node: Node, value: Node) -> list[Node]:
         """The names under which ``node`` reads ``value``."""
-        return [operand for operand in node.all_input_nodes if self._read[node, operand] is value]
+        return [operand for operand in node.all_input_nodes if self._read.get((node, operand)) is value]
 
     def _root(self, node: Node) -> Node:
         while node in self._family:
@@ -158,9 +164,38 @@ class Values:
             for node, written in self.writes.items()
         )
 
-    def fresh(self, node: Node) -> bool:
-        """Whether ``node`` makes a tensor that nobody outside of the graph can see."""
-        return self.roles[node] is not None and not isinstance(self.roles[node], Same)
+    def overtaken(self, norms: list[Normalise], end: Node) -> bool:
+        """Whether the statistics of one of ``norms``, run at ``end``, would be updated after a later call's."""
+        return any(
+            self.order[norm.node] < self.order[other.node] < self.order[end]
+            and other not in norms
+            and self._statistics(other) == self._statistics(norm)
+            for norm in norms
+            for other in self.norms
+        )
+
+    def _statistics(self, norm: Normalise) -> Any:
+        """What tells a norm's running statistics from another's."""
+        if norm.module is not None:
+            return id(norm.module)
+        return [None if node is None else (node.op, node.target) for node in norm.tensors[:2]]
+
+    def private(self, write: Node, written: Node) -> bool:
+        """Whether nobody could tell if ``write`` made a new tensor instead: no view of ``written`` is read after it,
+        nor any tensor that came from outside.
+        """
+        family = self._root(written)
+        for node, begun in self.order.items():
+            if begun >= self.order[write] or self._root(node) is not family:
+                continue
+            if node.op in ("placeholder", "get_attr") or (
+                node.op == "call_module" and self.roles[node] is None
+            ):
+                return False
+            for reader in node.users:
+                if self.order[reader] > self.order[write] > self.order[self.value(reader, node)]:
+                    return False
+        return True
 
 
 def match(graph: Graph, modules: Modules) -> Found:
@@ -173,7 +208,13 @@ def match(graph: Graph, modules: Modules) -> Found:
             found = _site(role, values)
             (sites if isinstance(found, Site) else left).append(found)  # type: ignore[arg-type]
     sites = list(_undisturbed(sites, values, left))
-    chains = _chains(sites, values)
+    while spoiled := _unmade(chains := _chains(sites, values), values):
+        left += [
+            Left(site.conv.node, "the activation is added elsewhere too")
+            for site in sites
+            if site.relu.node in spoiled
+        ]
+        sites = [site for site in sites if site.relu.node not in spoiled]
     heads = []
     for role in values.roles.values():
         if isinstance(role, Pool):
@@ -277,6 +318,8 @@ def _undisturbed(sites: list[Site], values: Values, left: list[Left]) -> Iterato
                 left.append(Left(site.conv.node, reason))
             elif values.written_between(site.x, site.norm.node, site.conv.node, own):
                 left.append(Left(site.conv.node, "its input is written to in between"))
+            elif values.overtaken([site.norm], site.conv.node):
+                left.append(Left(site.conv.node, "its normalisation is called again in between"))
             else:
                 yield site
 
@@ -325,7 +368,7 @@ def _chains(sites: list[Site], values: Values) -> list[Chain]:
                 chain = Chain(chain.sites[1:])
             chains.append(chain)
             taken.update(node for s in chain.sites for node in (s.conv.node,))
-    return _with_siblings(chains, values)
+    return sorted(chains, key=lambda chain: values.order[chain.last])
 
 
 def _free(chain: Chain, taken: set[Node], values: Values) -> bool:
@@ -337,6 +380,8 @@ def _free(chain: Chain, taken: set[Node], values: Values) -> bool:
     own = set(chain.nodes())
     begin, end = chain.sites[0].norm.node, chain.last
     if values.written_between(chain.x, begin, end, own):
+        return False
+    if values.overtaken([site.norm for site in chain.sites], end):
         return False
     residual = chain.residual
     return residual is None or not values.written_between(residual, residual, end, own)
@@ -354,8 +399,8 @@ def _endings(
     if a is b:
         return
     written = values.writes[add.node]
-    if written is not None and not values.fresh(values.value(add.node, written)):
-        return  # somebody else sees that tensor change
+    if written is not None and not values.private(add.node, written):
+        return
     for tail, other in ((a, b), (b, a)):
         source, _ = _through(tail, values)
         site = by_conv.get(source)
@@ -383,20 +428,22 @@ def _endings(
             yield Chain(sites, add, "residual", residual=other)
 
 
-def _with_siblings(chains: list[Chain], values: Values) -> list[Chain]:
-    """Chains whose first activation an addition needs that is not theirs fall away; the others know their siblings."""
+def _unmade(chains: list[Chain], values: Values) -> set[Node]:
+    """The ReLUs at the beginning of chains whose activation an addition needs that none of them makes.
+
+    Chains with the same first activation come to know their siblings.
+    """
     by_relu: dict[Node, list[Chain]] = {}
     for chain in chains:
         by_relu.setdefault(chain.sites[0].relu.node, []).append(chain)
-    kept = []
+    found = set()
     for relu, group in by_relu.items():
         own = {
             site.conv.node for c in group for site in (c.sites[0], *([c.projection] if c.projection else []))
         }
         own |= {c.add.node for c in group if c.add is not None and c.shortcut == "activation"}
         if any(reader not in own for reader in _readers(relu, values)):
-            continue
+            found.add(relu)
         for chain in group:
             chain.siblings = [other.sites[0] for other in group if other is not chain]
-            kept.append(chain)
-    return sorted(kept, key=lambda chain: values.order[chain.last])
+    return found

@@ -17,8 +17,8 @@ Given = Node | str | None
 def rewrite(graph: Graph, found: Found) -> None:
     """Replace every chain and head of ``found`` in ``graph``, in place."""
     replaced: dict[Node, Node] = {}
-    first_of: set[Node] = set()
-    for match in sorted([*found.chains, *found.heads], key=lambda m: found.values.order[m.last]):
+    readers: dict[Node, int] = {}
+    for match in sorted(found.matches, key=lambda m: found.values.order[m.last]):
         given: list[Given] = []
         if isinstance(match, Head):
             pool = match.pool
@@ -27,12 +27,19 @@ def rewrite(graph: Graph, found: Found) -> None:
             before: list[Given] = [match.x]
             function = function_of(head)
         else:
-            updates = match.sites[0].norm.node not in first_of
-            first_of.add(match.sites[0].norm.node)
+            norm_node = match.sites[0].norm.node
+            readers[norm_node] = number = readers.get(norm_node, 0) + 1
+            last = number == len(match.siblings) + 1
             sites = tuple((_norm(site.norm, given), _conv(site.conv, given)) for site in match.sites)
             projection = None if match.projection is None else _conv(match.projection.conv, given)
             call = ChainCall(
-                sites, match.shortcut, projection, bool(match.siblings), updates, _hands_on(match, found)
+                sites,
+                match.shortcut,
+                projection,
+                bool(match.siblings),
+                number == 1,
+                last,
+                _hands_on(match, found),
             )
             before = [match.x, match.residual]
             function = function_of(call)
@@ -48,7 +55,7 @@ def rewrite(graph: Graph, found: Found) -> None:
                 reader.replace_input_with(operand, new)
         match.last.replace_all_uses_with(new)
         replaced[match.last] = new
-    gone = {node for match in [*found.chains, *found.heads] for node in match.nodes()}
+    gone = {node for match in found.matches for node in match.nodes()}
     for node in reversed(list(graph.nodes)):
         # What only passed a tensor on goes with them; a value that somebody still wants would be a fault of the match.
         if node in gone or (isinstance(found.values.roles.get(node), Same | Pad) and not node.users):

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from ..calls import is_batch_norm, is_convolution, runs
+from ..calls import has_hooks, is_batch_norm, is_convolution, runs
 
 __all__ = [
+    "IN_PLACE",
     "Add",
     "Convolve",
     "Normalise",
@@ -111,7 +112,28 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
 _BATCH_NORM = {F.batch_norm, torch.batch_norm}
 _CONVOLUTION = {F.conv2d, torch.conv2d}
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
-_ADD = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    operation = getattr(operator, name)
+
+    def in_place(x: Any, other: Any) -> Any:
+        return operation(x, other)
+
+    in_place.__name__ = name
+    return in_place
+
+
+IN_PLACE: dict[str, Callable[[Any, Any], Any]] = {
+    name: _in_place(name)
+    for name in ("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift")
+    + ("isub", "itruediv", "ixor")
+}
+"""``+=`` and its like as calls. For ``operator.iadd`` FX writes the statement, which binds the name of a number anew."""
+
+_ADD = {operator.add, operator.iadd, IN_PLACE["iadd"], torch.add, "add", "add_"} | {
+    *("__add__", "__radd__", "__iadd__")
+}
 _MEAN = {torch.mean, "mean"}
 _DROPOUT = {F.dropout, F.dropout2d}
 _NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -188,7 +210,7 @@ def _bound(node: Node, names: Sequence[str], defaults: dict[str, Any]) -> dict[s
 
 
 def _of_module(node: Node, module: nn.Module) -> Role | None:
-    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], Node):
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], Node) or has_hooks(module):
         return None
     x = node.args[0]
     if is_batch_norm(module):
@@ -265,13 +287,10 @@ def _conv(node: Node) -> Role | None:
 
 
 def _addition(node: Node) -> Role | None:
-    if (
-        len(node.args) + ("other" in node.kwargs) != 2
-        or node.kwargs.get("alpha", 1) != 1
-        or "out" in node.kwargs
-    ):
+    found = _bound(node, ("input", "other", "alpha"), {"alpha": 1})
+    if found is None or found["alpha"] != 1:
         return None
-    x, other = (*node.args, node.kwargs.get("other"))[:2]
+    x, other = found["input"], found.get("other")
     return Add(node, x, other) if isinstance(x, Node) and isinstance(other, Node) else None
 
 
@@ -320,6 +339,7 @@ def written_operand(node: Node, modules: Modules) -> Node | None:
         operators = module == "_operator" and (name in _IN_PLACE_OPERATORS or name == "setitem")
         inplace = (
             node.kwargs.get("inplace") is True
+            or target in _IN_PLACE_CALLS
             or operators
             or (name.endswith("_") and not name.startswith("__"))
         )
@@ -332,6 +352,7 @@ def written_operand(node: Node, modules: Modules) -> Node | None:
 _IN_PLACE_OPERATORS = {name[2:-2] for name in dir(operator) if name.startswith("__i")} - {
     *("index", "invert", "inv", "indexOf", "is_", "is_not", "itemgetter")
 }
+_IN_PLACE_CALLS = set(IN_PLACE.values())
 # The functions of torch.nn.functional that take ``inplace`` by position: where it stands.
 _INPLACE_AT: dict[Any, int] = {
     F.relu: 1,

@@ -73,8 +73,9 @@ class ChainCall(NamedTuple):
     projection: ConvSource | None
     shared: bool
     """Whether other chains read the activation of the first site too."""
-    updates: bool
-    """Whether this one of them updates the first BN's running statistics."""
+    first: bool
+    """Whether this one of them comes first: it updates the first BN's running statistics."""
+    last: bool
     hands_on: bool
     """Whether a BN may read the output."""
 
@@ -94,10 +95,15 @@ class ChainCall(NamedTuple):
         statistics = _statistics(x) if first.batch_stats else None
         if self.shared and first.batch_stats:
             statistics = statistics or _computed(x)
-            if not self.updates:
+            if self.last:
+                _detach(x)
+            if not self.first:
                 first = first._replace(running_mean=None, running_var=None, num_batches_tracked=None)
                 sites[0] = first, sites[0][1]
         identity = self.shortcut == "identity"
+        added = x if identity else residual
+        if added is not None and functional._autocasting(x) and added.dtype == torch.float32:
+            return composite.unit(x, sites, projection, identity, residual)  # the sum of both is float32
         wanted = self.hands_on and any(bn.training for bn, _ in sites)
         try:
             y, made = functional._unit(x, sites, projection, identity, residual, statistics, wanted)
@@ -125,7 +131,10 @@ class HeadCall(NamedTuple):
             if self.window is not None:
                 return F.avg_pool2d(activated, self.window, self.stride)
             return activated.mean((-2, -1), self.keepdim)
-        y = functional.bn_relu_avg_pool2d(x, bn, _statistics(x) if bn.batch_stats else None)
+        try:
+            y = functional.bn_relu_avg_pool2d(x, bn, _statistics(x) if bn.batch_stats else None)
+        except (TypeError, ValueError):
+            y = composite.bn_relu_avg_pool(x, bn)
         return y[:, :, None, None] if self.keepdim else y
 
 
@@ -136,7 +145,14 @@ _ATTRIBUTE = "_fused_preact_statistics"
 
 def _attach(y: Tensor, statistics: Statistics) -> None:
     if not (torch.compiler.is_dynamo_compiling() or y.is_inference()):
-        setattr(y, _ATTRIBUTE, (y._version, statistics))
+        # As plain tuples, which torch.load takes where it takes tensors.
+        setattr(y, _ATTRIBUTE, (y._version, tuple(statistics)))
+
+
+def _detach(x: Tensor) -> None:
+    """Forget them: ``x`` may be the caller's, who may write to it by ways that PyTorch does not count."""
+    if not torch.compiler.is_dynamo_compiling():
+        x.__dict__.pop(_ATTRIBUTE, None)
 
 
 def _statistics(x: Tensor) -> Statistics | None:
@@ -146,7 +162,7 @@ def _statistics(x: Tensor) -> Statistics | None:
     version, statistics = getattr(x, _ATTRIBUTE, (None, None))
     if version != x._version or (functional._autocasting(x) and x.dtype == torch.float32):
         return None
-    return statistics
+    return None if statistics is None else Statistics(*statistics)
 
 
 def _computed(x: Tensor) -> Statistics | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import random
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,23 @@ from torch.fx import Node, Proxy
 from torch.utils import _pytree as pytree
 
 from ..calls import has_hooks, is_batch_norm, is_convolution
+from .roles import IN_PLACE
 
-__all__ = ["Traced", "Untraceable", "asserts_images", "trace"]
+__all__ = ["TENSOR", "Traced", "Untraceable", "asserts_images", "trace"]
 
 Structure = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of a call, with True in the place of each tensor."""
+"""The arguments of a call, with ``TENSOR`` in the place of each tensor."""
+
+
+class TENSOR:
+    """Stands for a tensor in a :data:`Structure`."""
+
+
+# One at a time: to trace is to patch nn.Module.
+_TRACING = threading.RLock()
+
+
+_REPLACED = "its forward was replaced on the instance"
 
 
 class Untraceable(Exception):
@@ -41,6 +54,18 @@ class _Proxy(Proxy):
         if "isinstance" in frame.f_code.co_names and not name.startswith(("torch.", "fused_preact.")):
             raise Untraceable("it asks for the type of a tensor")
         return type(self)
+
+
+def _operator(name: str) -> Callable[[_Proxy, Any], Proxy]:
+    def record(self: _Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", IN_PLACE[name], (self, other), {})
+
+    return record
+
+
+# Proxy takes ``x += y`` for ``x = x + y``, which is something else where x has another name too.
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _operator(_name))
 
 
 class Traced:
@@ -62,16 +87,17 @@ def trace(
 
     Without ``structure`` it is called with its required arguments, all tensors. Raises :class:`Untraceable`.
     """
-    if "forward" in root.__dict__ and not getattr(root.__dict__["forward"], "is_fused", False):
-        raise Untraceable("its forward was replaced on the instance")
-    tracer = _Tracer(structure, inline)
-    state = _State(root)
-    try:
-        graph = tracer.trace(root)
-    except Exception as error:
-        raise Untraceable(_reason(error)) from error
-    finally:
-        changed = state.restore()
+    if _is_replaced(root):
+        raise Untraceable(_REPLACED)
+    with _TRACING:
+        tracer = _Tracer(structure, inline)
+        state = _State(root)
+        try:
+            graph = tracer.trace(root)
+        except Exception as error:
+            raise Untraceable(_reason(error)) from error
+        finally:
+            changed = state.restore()
     if changed:
         raise Untraceable(changed)
     for node in list(graph.nodes):
@@ -98,6 +124,12 @@ def asserts_images(node: Node) -> bool:
     )
 
 
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether somebody but :func:`fuse` hung another forward on ``module``."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not getattr(forward, "is_fused", False)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, Untraceable):
         return str(error)
@@ -106,13 +138,19 @@ def _reason(error: Exception) -> str:
     return f"cannot be traced ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
 
 
+def _plain(a: Any) -> str:
+    return "dict" if isinstance(a, dict) else "list"
+
+
 class _State:
     """What tracing must not change: random streams, and the attributes of a module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.held = [module.__dict__, module._parameters, module._buffers, module._modules]
-        self.before = [dict(held) for held in self.held]
+        held = module.__dict__
+        self.held = [held, module._parameters, module._buffers, module._modules]
+        self.held += [value for value in held.values() if type(value) in (dict, list, set)]
+        self.before = [held.copy() for held in self.held]
         self.random, self.torch = random.getstate(), torch.get_rng_state()
         numpy = sys.modules.get("numpy")
         self.numpy = None if numpy is None else numpy.random.get_state()
@@ -133,11 +171,34 @@ class _State:
                 numpy.random.set_state(self.numpy)
                 reason = "it draws random numbers in Python"
         for held, before in zip(self.held, self.before, strict=True):
-            if len(held) != len(before) or any(held.get(k, held) is not v for k, v in before.items()):
+            if not _same(held, before):
                 held.clear()
-                held.update(before)
+                (held.extend if isinstance(held, list) else held.update)(before)
                 reason = "its forward sets attributes"
         return reason
+
+
+def _same(held: Any, before: Any) -> bool:
+    """Whether a container holds the same objects."""
+    if len(held) != len(before):
+        return False
+    if isinstance(held, dict):
+        return all(held.get(key, held) is value for key, value in before.items())
+    if isinstance(held, list):
+        return all(a is b for a, b in zip(held, before, strict=True))
+    return set(map(id, held)) == set(map(id, before))
+
+
+def _context() -> tuple[Any, ...]:
+    """What a ``with`` block may set around operations, which a graph does not hold."""
+    devices = [d for d in ("cpu", "cuda", "xpu") if torch.amp.is_autocast_available(d)]
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices],
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torch._C._len_torch_dispatch_stack(),
+    )
 
 
 class _Tracer(fx.Tracer):
@@ -148,24 +209,33 @@ class _Tracer(fx.Tracer):
         self.structure, self.inline = structure, inline
         self.inlined: list[nn.Module] = []
         self.opaque: dict[str, str] = {}
+        self.thread, self.context = threading.get_ident(), _context()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        if _context() != self.context:
+            raise Untraceable("it sets a mode of PyTorch around some of its operations")
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: Node) -> Proxy:
         return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict | list) and not type(a).__module__.startswith(("builtins", "torch.fx.")):
+            raise Untraceable(f"it makes a {type(a).__name__}, of which a graph makes a plain {_plain(a)}")
         return a.node if type(a) is _Proxy else super().create_arg(a)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """Placeholders for the tensors among the arguments; what has a default keeps it."""
         if self.structure is None:
             code = root_fn.__code__
-            if code.co_kwonlyargcount or code.co_flags & 0x0C:  # *args, **kwargs
+            optional = len(root_fn.__kwdefaults__ or ())
+            if code.co_kwonlyargcount > optional or code.co_flags & 0x0C:  # *args, **kwargs
                 raise Untraceable("its forward takes a variable number of arguments")
             required = code.co_argcount - 1 - len(root_fn.__defaults__ or ())
-            self.structure = (True,) * required, {}
+            self.structure = (TENSOR,) * required, {}
         leaves, spec = pytree.tree_flatten(self.structure)
         leaves = [
-            self.create_proxy("placeholder", f"arg{i}", (), {}) if leaf is True else leaf
+            self.create_proxy("placeholder", f"arg{i}", (), {}) if leaf is TENSOR else leaf
             for i, leaf in enumerate(leaves)
         ]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -177,6 +247,8 @@ class _Tracer(fx.Tracer):
         return call, args
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val  # somebody runs a model while we trace another
         # Without the cache: nodes of a submodule that turned out opaque are erased.
         return super().getattr(attr, attr_val, {})
 
@@ -186,13 +258,17 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         if self.inline is not None and not self.inline(m):
             return self._opaque(m, path, args, kwargs, None)
-        if has_hooks(m) and self.inline is None:
+        if has_hooks(m):
             return self._opaque(m, path, args, kwargs, "has hooks")
+        if _is_replaced(m):
+            return self._opaque(m, path, args, kwargs, _REPLACED)
         last = next(iter(reversed(self.graph.nodes)), None)
         stack, calls, inlined = dict(self.module_stack), dict(self.num_calls), len(self.inlined)
         state = _State(m)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calls import observed, runs_batch_norm
 from ..functional import BatchNorm, bn_relu_avg_pool2d, to_native_format
-from ..modules import PreActBasicBlock, PreActBottleneck, PreActSequential, call_with_statistics
+from ..modules import PreActBasicBlock, PreActBottleneck, PreActSequential, activated, call_with_statistics
 
 __all__ = ["PreActResNet"]
 
@@ -53,7 +52,7 @@ class PreActResNet(nn.Module):
         if self.fused and not observed(x) and runs_batch_norm(self.bn):
             features = bn_relu_avg_pool2d(x, BatchNorm.of(self.bn), statistics)
         else:
-            features = F.relu(self.bn(x)).mean((2, 3))
+            features = activated(self.bn, x).mean((2, 3))
         return self.fc(features)
 
 

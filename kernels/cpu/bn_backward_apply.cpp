@@ -1,4 +1,5 @@
-// bn_backward_apply: dx = a g + b (x - mean) + c (+ the gradient of the identity path), one pass.
+// bn_backward_apply: dx = a g + b (x - mean) + c, with running statistics dx = a g (+ the gradient of the identity
+// path), one pass.
 #include "coefficients.h"
 #include "ops.h"
 
@@ -7,7 +8,7 @@ namespace fused_preact {
 Coefficients::Coefficients(
     const Tensor& scale_, const Tensor& rstd_, const Tensor& sum_g_, const Tensor& sum_gx_, int64_t count,
     bool training)
-    : rows(at::zeros({3, scale_.numel()}, at::kFloat)) {
+    : rows(at::empty({training ? 3 : 1, scale_.numel()}, at::kFloat)) {
   const Tensor scale = floats(scale_), rstd = floats(rstd_), sum_g = floats(sum_g_), sum_gx = floats(sum_gx_);
   const int64_t channels = scale.numel();
   float* out = rows.mutable_data_ptr<float>();

@@ -9,8 +9,9 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x_) {
   }
   const Tensor x = nhwc(x_);
   const int64_t channels = x.size(1), pixels = x.numel() / channels;
-  // A tile of 64 Ki values, of at least 64 rows: merging it costs as much as a few rows.
-  const int64_t tile_rows = std::max<int64_t>(64, (1 << 16) / channels);
+  // A tile of 64 Ki values, of at least 64 rows: merging it costs as much as a few rows. Of at most 2048 rows, so that
+  // no long sum runs in float.
+  const int64_t tile_rows = std::clamp<int64_t>((1 << 16) / channels, 64, 2048);
   const Parts tiles((pixels + tile_rows - 1) / tile_rows);
   PartMoments total(tiles.parts, channels);
   FUSED_PREACT_DISPATCH(x.scalar_type(), "bn_stats", [&] {
@@ -45,12 +46,19 @@ std::tuple<Tensor, Tensor, Tensor> bn_scale_shift(
   const float* gamma = weight.defined() ? pointer(weight) : nullptr;
   const float* beta = bias.defined() ? pointer(bias) : nullptr;
   float *s = scale.mutable_data_ptr<float>(), *t = shift.mutable_data_ptr<float>(), *r = rstd.mutable_data_ptr<float>();
+  // 16-bit parameters go with a 16-bit x, whose prologue rounds s x before it adds t (see affine() in loops_body.h):
+  // rounded here too, the two products cancel where x = mu. With beta = 0 they do so either way.
+  const bool rounded = bias_.has_value() && bias_->scalar_type() != at::kFloat;
   for (int64_t c = 0; c < channels; c++) {
     // In double where it is free: with mean/std of 1e4 the shift has few digits to lose.
     const double inverse = 1.0 / std::sqrt(static_cast<double>(v[c]) + eps);
     r[c] = static_cast<float>(inverse);
     s[c] = static_cast<float>((gamma == nullptr ? 1.0 : gamma[c]) * inverse);
-    t[c] = static_cast<float>((beta == nullptr ? 0.0 : beta[c]) - static_cast<double>(mu[c]) * s[c]);
+    double product = static_cast<double>(mu[c]) * s[c];
+    if (rounded) {
+      product = static_cast<float>(product);
+    }
+    t[c] = static_cast<float>((beta == nullptr ? 0.0 : beta[c]) - product);
   }
   return {scale, shift, rstd};
 }

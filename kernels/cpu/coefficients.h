@@ -1,4 +1,4 @@
-// The BN backward as dx = a g + b (x - mean) + c per channel.
+// The BN backward as dx = a g + b (x - mean) + c per channel, with running statistics dx = a g alone.
 #pragma once
 
 #include "common.h"
@@ -6,7 +6,7 @@
 namespace fused_preact {
 
 struct Coefficients {
-  Tensor rows; // [3, C]
+  Tensor rows; // a, b and c: [3, C], or [1, C]
 
   Coefficients(
       const Tensor& scale, const Tensor& rstd, const Tensor& sum_g, const Tensor& sum_gx, int64_t count,
@@ -15,15 +15,16 @@ struct Coefficients {
   const float* a() const {
     return pointer(rows);
   }
+  // Null with running statistics, and so is c.
   const float* b() const {
-    return a() + rows.size(1);
+    return rows.size(0) == 1 ? nullptr : a() + rows.size(1);
   }
   const float* c() const {
-    return b() + rows.size(1);
+    return rows.size(0) == 1 ? nullptr : a() + 2 * rows.size(1);
   }
 };
 
-// dx = a g + b (x - mean) + c + residual; all channels_last and of one dtype, dx may be g.
+// dx = a g + b (x - mean) + c + residual, or without b and c; all channels_last and of one dtype, dx may be g.
 void apply_into(
     const Tensor& g, const Tensor& x, const Tensor& mean, const Coefficients& k, const OptionalTensor& residual,
     const Tensor& dx);

@@ -165,7 +165,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     FUSED_PREACT_DISPATCH(dtype, "conv_backward", [&] {
       Source<scalar_t> source{dy.const_data_ptr<scalar_t>(), shape.k};
       if (on_load.has_value()) {
-        source.pending = {y.const_data_ptr<scalar_t>(), on_load->a(), on_load->b(), on_load->c(), pointer(y_mean)};
+        const scalar_t* behind = on_load->b() == nullptr ? nullptr : y.const_data_ptr<scalar_t>();
+        source.pending = {behind, on_load->a(), on_load->b(), on_load->c(), pointer(y_mean)};
       }
       const JointEpilogue<scalar_t> epilogue{
           {x.const_data_ptr<scalar_t>(), data<scalar_t>(da), g.mutable_data_ptr<scalar_t>(), shape.c,

@@ -36,7 +36,7 @@ struct FpropEpilogue {
     const int64_t c = panel.column;
     const int64_t at_tile = c - first;
     const Moments moments =
-        statistics == nullptr ? Moments{} : Moments{tile.pivot + at_tile, tile.s + at_tile, tile.q + at_tile};
+        statistics == nullptr ? Moments{} : Moments{tile.high + at_tile, tile.low + at_tile, tile.m2 + at_tile};
     for (const Run& run : runs) {
       const int64_t at = run.dst_pixel * channels + c;
       const float* acc = panel.acc + run.row * panel.acc_stride;
@@ -48,7 +48,7 @@ struct FpropEpilogue {
       loops<T>().fprop_epilogue(
           acc, panel.acc_stride, run.count, panel.channels, bias == nullptr || ones != nullptr ? nullptr : bias + c,
           residual == nullptr ? nullptr : residual + at, y + at, channels,
-          moments, run.row == 0);
+          moments, run.row);
     }
   }
 

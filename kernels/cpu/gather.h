@@ -63,7 +63,7 @@ struct Run {
 void list_runs(const Grid& grid, int64_t begin, int64_t end, std::vector<Run>& runs);
 
 // An NHWC tensor and the prologue to be applied on load: of a BN and its ReLU (bn.scale null: none), or of a BN's
-// backward (pending.y null: none).
+// backward (pending.a null: none).
 template <typename T>
 struct Source {
   const T* data;
@@ -72,15 +72,17 @@ struct Source {
   Pending<T> pending{};
 
   bool as_stored() const {
-    return bn.scale == nullptr && pending.y == nullptr;
+    return bn.scale == nullptr && pending.a == nullptr;
   }
 
   // Channels [c, c + count) of `rows` pixels that lie `step` apart, padded with zeros to a multiple of kLanes.
   void load(
       int64_t pixel, int64_t step, int64_t rows, int64_t c, int64_t count, float* out, int64_t out_stride) const {
     const int64_t at = pixel * channels + c, stride = step * channels;
-    if (pending.y != nullptr) {
-      const Pending<T> part{pending.y + at, pending.a + c, pending.b + c, pending.c + c, pending.mean + c};
+    if (pending.a != nullptr) {
+      const Pending<T> part = pending.y == nullptr
+          ? Pending<T>{nullptr, pending.a + c, nullptr, nullptr, nullptr}
+          : Pending<T>{pending.y + at, pending.a + c, pending.b + c, pending.c + c, pending.mean + c};
       loops<T>().load_pending(data + at, part, stride, rows, count, out, out_stride);
       return;
     }

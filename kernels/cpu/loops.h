@@ -16,25 +16,26 @@ constexpr int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
-// Sums over a tile, shifted by about the mean of its first rows: d = v - pivot, s = sum d, q = sum d^2.
-// Never about zero: with mean/std of 1e4 a float has no digits left for the variance.
+// Mean and sum of squared deviations of the rows of a tile. The mean is high + low: with mean/std of 1e4 one float
+// has no digits left for the differences between tiles. Of equal values they are that value, 0 and 0, exactly.
 struct Moments {
-  float* pivot;
-  float* s;
-  float* q;
+  float* high;
+  float* low;
+  float* m2;
 };
 
-// The prologue and what the mask of a backward pass recomputes: z = scale x + shift, per channel.
+// The prologue and what the mask of a backward pass recomputes: z = scale x + shift, per channel, rounded alike in both.
 struct Affine {
   const float* scale; // null: identity, no ReLU
   const float* shift;
 };
 
-// The gradient of a tensor y that a BN follows, held as that BN's g: dy = a g + b (y - mean) + c.
+// The gradient of a tensor y that a BN follows, held as that BN's g: dy = a g + b (y - mean) + c. With running
+// statistics y is null and dy = a g: y may hold infinities, which b = 0 would make NaN.
 template <typename T>
 struct Pending {
-  const T* y; // null: dy itself
-  const float *a, *b, *c, *mean;
+  const T* y;
+  const float *a, *b, *c, *mean; // a null: dy itself
 };
 
 template <typename T>
@@ -47,18 +48,18 @@ struct Loops {
   void (*activate_transposed)(
       const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, float* out, int64_t out_stride);
 
-  // out[r][c] = a g + b (y - mean) + c; channels are padded with zeros. g and y have the same stride.
+  // out[r][c] = a g + b (y - mean) + c, or a g where y is null; channels are padded with zeros. g and y have the same stride.
   void (*load_pending)(
       const T* g, Pending<T> pending, int64_t stride, int64_t rows, int64_t channels, float* out, int64_t out_stride);
 
   // The same as activate, stored as T and without padding: for the split path.
   void (*activate_store)(const T* x, int64_t rows, int64_t channels, Affine bn, T* out);
 
-  // y = acc + bias + residual (both optional); moments of the stored y where moments.s is not null.
-  // `first`: these rows begin the tile, so they define its pivot.
+  // y = acc + bias + residual (both optional); moments of the stored y where moments.m2 is not null, to which
+  // `seen` rows of the tile have gone before.
   void (*fprop_epilogue)(
       const float* acc, int64_t acc_stride, int64_t rows, int64_t channels, const float* bias,
-      const T* residual, T* y, int64_t y_stride, Moments moments, bool first);
+      const T* residual, T* y, int64_t y_stride, Moments moments, int64_t seen);
 
   // g = (acc + da) [z > 0], sum g and sum g (x - mean) of the stored g. acc null: zeros; da null: none;
   // bn.scale null: g = acc, no mask and no sums.
@@ -69,7 +70,7 @@ struct Loops {
   // Moments of rows of x.
   void (*moments)(const T* x, int64_t x_stride, int64_t rows, int64_t channels, Moments moments);
 
-  // dx = a g + b (x - mean) + c + residual (optional); dx may be g.
+  // dx = a g + b (x - mean) + c + residual (optional); a g + residual where b is null. dx may be g.
   void (*apply)(
       const T* g, const T* x, const T* residual, int64_t rows, int64_t channels, const float* a,
       const float* b, const float* c, const float* mean, T* dx);
@@ -82,7 +83,7 @@ struct Loops {
       const T* dy, const T* x, int64_t rows, int64_t channels, Affine bn, const float* mean, float* sum_g,
       float* sum_gx);
 
-  // dx = a g + b (x - mean) + c over one image of the head.
+  // dx = a g + b (x - mean) + c over one image of the head; a g where b is null.
   void (*pool_apply)(
       const T* dy, const T* x, int64_t rows, int64_t channels, Affine bn, const float* a, const float* b,
       const float* c, const float* mean, T* dx);

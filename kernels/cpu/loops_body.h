@@ -130,6 +130,37 @@ FP_INLINE vf relu(vf z) {
   return z <= 0.0f ? vf{} : z;
 }
 
+// v, in a register: the compiler cannot contract a product and a sum across it.
+FP_INLINE vf rounded(vf v) {
+#if defined(__x86_64__) || defined(__aarch64__)
+  typedef float part __attribute__((vector_size(FP_VECTOR_BITS / 8)));
+  part parts[sizeof(vf) / sizeof(part)];
+  __builtin_memcpy(parts, &v, sizeof v);
+  for (part& p : parts) {
+#ifdef __x86_64__
+    asm("" : "+v"(p));
+#else
+    asm("" : "+w"(p));
+#endif
+  }
+  __builtin_memcpy(&v, parts, sizeof v);
+#endif
+  return v;
+}
+
+// z = s x + t, with the roundings of PyTorch's own BN on a CPU: one of a float x, so that a mean far from zero costs no
+// digits; of a 16-bit x, whose own rounding is coarser than both, the product's too, so that a constant channel is
+// exactly beta = 0: t holds the rounded product mu s, and an unrounded one does not cancel it (a channel of 1e6, with
+// s = 316, was off by 5).
+FP_INLINE vf affine(vf scale, vf x, vf shift, const float*) {
+  return scale * x + shift;
+}
+
+template <typename T>
+FP_INLINE vf affine(vf scale, vf x, vf shift, const T*) {
+  return rounded(scale * x) + shift;
+}
+
 // Calls f<1, true>(c, n) or f<BLOCKS, false>(c, 16 BLOCKS): blocks of 64 channels, then of 16, then the rest.
 #define FP_OVER_CHANNELS(FUNCTION, CHANNELS, ...)             \
   do {                                                        \
@@ -146,6 +177,34 @@ FP_INLINE vf relu(vf z) {
   } while (0)
 
 #include "loops_plain.h"
+
+// --- statistics: runs of rows, shifted by about their mean, joined by Chan's formula -------------------------
+
+// About the mean of the first rows, and exactly their value where they are equal. One row alone may lie some deviations
+// off, and the cancellation in q - s^2 / n grows with the square of that.
+template <typename F>
+FP_INLINE vf pivot(const F& value, int64_t rows) {
+  const int64_t few = rows < kPivotRows ? rows : kPivotRows;
+  const vf first = value(0);
+  vf sum{};
+  for (int64_t r = 1; r < few; r++) {
+    sum += value(r) - first;
+  }
+  return first + sum / (float)few;
+}
+
+// A run of `count` rows, s = sum of v - high and q = sum of (v - high)^2, joins `seen` rows of mean high + low. That the
+// mean of what was seen is the shift of the next run keeps its cancellation below the term that Chan's formula adds for
+// the distance of the two means: no outlier can hide the variance of the other rows, wherever it lies.
+FP_INLINE void join(vf& high, vf& low, vf& m2, vf s, vf q, int64_t seen, int64_t count) {
+  const float weight = (float)count / (float)(seen + count);
+  const vf part = s * (1.0f / (float)count), delta = part - low;
+  m2 += relu(q - s * part) + delta * delta * ((float)seen * weight);
+  low += delta * weight;
+  const vf mean = high + low;
+  low -= mean - high; // what the rounding of the sum lost
+  high = mean;
+}
 
 // --- prologue -----------------------------------------------------------------------------------------------
 
@@ -169,7 +228,7 @@ FP_INLINE void activate_block(
     for (int b = 0; b < B; b++) {
       ahead(x + r * x_stride + c + 16 * b);
       const vf v = get<TAIL>(x + r * x_stride + c + 16 * b, n);
-      store(out + r * out_stride + c + 16 * b, relu(scale[b] * v + shift[b]));
+      store(out + r * out_stride + c + 16 * b, relu(affine(scale[b], v, shift[b], x)));
     }
   }
 }
@@ -218,8 +277,20 @@ FP_INLINE void pending_block(
     int64_t out_stride) {
   vf slope_g[B], slope_y[B], offset[B], mean[B];
   for (int b = 0; b < B; b++) {
+    slope_g[b] = get<TAIL>(pending.a + c + 16 * b, n);
+  }
+  if (pending.y == nullptr) {
+    for (int64_t r = 0; r < rows; r++) {
+      for (int b = 0; b < B; b++) {
+        const int64_t at = c + 16 * b;
+        ahead(g + r * stride + at);
+        store(out + r * out_stride + at, slope_g[b] * get<TAIL>(g + r * stride + at, n));
+      }
+    }
+    return;
+  }
+  for (int b = 0; b < B; b++) {
     const int64_t at = c + 16 * b;
-    slope_g[b] = get<TAIL>(pending.a + at, n);
     slope_y[b] = get<TAIL>(pending.b + at, n);
     offset[b] = get<TAIL>(pending.c + at, n);
     mean[b] = get<TAIL>(pending.mean + at, n);
@@ -244,7 +315,8 @@ void load_pending(
     return;
   }
   for (int64_t r = 0; r < rows; r++) {
-    const Pending<T> row{pending.y + r * stride, pending.a, pending.b, pending.c, pending.mean};
+    const T* y = pending.y == nullptr ? nullptr : pending.y + r * stride;
+    const Pending<T> row{y, pending.a, pending.b, pending.c, pending.mean};
     FP_OVER_CHANNELS(pending_block, channels, g + r * stride, row, stride, 1, out + r * out_stride, out_stride);
   }
 }
@@ -253,7 +325,7 @@ template <int B, bool TAIL, typename T>
 FP_INLINE void activate_store_block(int64_t c, int64_t n, const T* x, Affine bn, T* out) {
   for (int b = 0; b < B; b++) {
     const int64_t at = c + 16 * b;
-    const vf z = get<TAIL>(bn.scale + at, n) * get<TAIL>(x + at, n) + get<TAIL>(bn.shift + at, n);
+    const vf z = affine(get<TAIL>(bn.scale + at, n), get<TAIL>(x + at, n), get<TAIL>(bn.shift + at, n), x);
     put<TAIL>(out + at, relu(z), n);
   }
 }
@@ -270,39 +342,33 @@ void activate_store(const T* x, int64_t rows, int64_t channels, Affine bn, T* ou
 template <bool RESIDUAL, bool STATS, int B, bool TAIL, typename T>
 FP_INLINE void fprop_block(
     int64_t c, int64_t n, const float* acc, int64_t acc_stride, int64_t rows, const float* bias,
-    const T* residual, T* y, int64_t y_stride, Moments m, bool first) {
+    const T* residual, T* y, int64_t y_stride, Moments m, int64_t seen) {
   const int64_t jump = rows_ahead(y_stride, y);
-  vf add[B], pivot[B], s[B], q[B];
+  vf add[B], high[B], low[B], m2[B];
   for (int b = 0; b < B; b++) {
     const int64_t at = c + 16 * b;
     add[b] = bias == nullptr ? vf{} : get<TAIL>(bias + at, n);
-    if (STATS) {
-      if (first) {
-        // The mean of a few rows: one value may lie some deviations off, and the cancellation in
-        // q - s^2 / n grows with the square of that.
-        const int64_t few = rows < kPivotRows ? rows : kPivotRows;
-        vf sum{};
-        for (int64_t r = 0; r < few; r++) {
-          sum += load(acc + r * acc_stride + at);
-          if (RESIDUAL) {
-            sum += get<TAIL>(residual + r * y_stride + at, n);
-          }
+    if (STATS && seen == 0) {
+      const auto value = [&](int64_t r) __attribute__((always_inline)) {
+        vf v = load(acc + r * acc_stride + at) + add[b];
+        if (RESIDUAL) {
+          v += get<TAIL>(residual + r * y_stride + at, n);
         }
-        pivot[b] = sum / (float)few + add[b];
-        put<TAIL>(m.pivot + at, pivot[b], n);
-        s[b] = q[b] = vf{};
-      } else {
-        pivot[b] = get<TAIL>(m.pivot + at, n);
-        s[b] = get<TAIL>(m.s + at, n);
-        q[b] = get<TAIL>(m.q + at, n);
-      }
+        return stored(v, y);
+      };
+      high[b] = pivot(value, rows);
+      low[b] = m2[b] = vf{};
+    } else if (STATS) {
+      high[b] = get<TAIL>(m.high + at, n);
+      low[b] = get<TAIL>(m.low + at, n);
+      m2[b] = get<TAIL>(m.m2 + at, n);
     }
   }
   for (int64_t begin = 0; begin < rows; begin += kSumRows) {
     const int64_t end = begin + kSumRows < rows ? begin + kSumRows : rows;
-    vf part_s[B], part_q[B];
+    vf s[B], q[B];
     for (int b = 0; b < B; b++) {
-      part_s[b] = part_q[b] = vf{};
+      s[b] = q[b] = vf{};
     }
     for (int64_t r = begin; r < end; r++) {
       for (int b = 0; b < B; b++) {
@@ -314,21 +380,21 @@ FP_INLINE void fprop_block(
         }
         put<TAIL>(y + r * y_stride + at, v, n);
         if (STATS) {
-          const vf d = stored(v, y) - pivot[b];
-          part_s[b] += d;
-          part_q[b] += d * d;
+          const vf d = stored(v, y) - high[b];
+          s[b] += d;
+          q[b] += d * d;
         }
       }
     }
     for (int b = 0; STATS && b < B; b++) {
-      s[b] += part_s[b];
-      q[b] += part_q[b];
+      join(high[b], low[b], m2[b], s[b], q[b], seen + begin, end - begin);
     }
   }
   if (STATS) {
     for (int b = 0; b < B; b++) {
-      put<TAIL>(m.s + c + 16 * b, s[b], n);
-      put<TAIL>(m.q + c + 16 * b, q[b], n);
+      put<TAIL>(m.high + c + 16 * b, high[b], n);
+      put<TAIL>(m.low + c + 16 * b, low[b], n);
+      put<TAIL>(m.m2 + c + 16 * b, m2[b], n);
     }
   }
 }
@@ -336,26 +402,26 @@ FP_INLINE void fprop_block(
 template <int B, bool TAIL, typename T>
 FP_INLINE void fprop_epilogue_block(
     int64_t c, int64_t n, const float* acc, int64_t acc_stride, int64_t rows, const float* bias,
-    const T* residual, T* y, int64_t y_stride, Moments m, bool first) {
-  if (m.s != nullptr) {
+    const T* residual, T* y, int64_t y_stride, Moments m, int64_t seen) {
+  if (m.m2 != nullptr) {
     if (residual != nullptr) {
-      fprop_block<true, true, B, TAIL>(c, n, acc, acc_stride, rows, bias, residual, y, y_stride, m, first);
+      fprop_block<true, true, B, TAIL>(c, n, acc, acc_stride, rows, bias, residual, y, y_stride, m, seen);
     } else {
-      fprop_block<false, true, B, TAIL>(c, n, acc, acc_stride, rows, bias, residual, y, y_stride, m, first);
+      fprop_block<false, true, B, TAIL>(c, n, acc, acc_stride, rows, bias, residual, y, y_stride, m, seen);
     }
   } else if (residual != nullptr) {
-    fprop_block<true, false, B, TAIL>(c, n, acc, acc_stride, rows, bias, residual, y, y_stride, m, first);
+    fprop_block<true, false, B, TAIL>(c, n, acc, acc_stride, rows, bias, residual, y, y_stride, m, seen);
   } else {
-    fprop_block<false, false, B, TAIL>(c, n, acc, acc_stride, rows, bias, residual, y, y_stride, m, first);
+    fprop_block<false, false, B, TAIL>(c, n, acc, acc_stride, rows, bias, residual, y, y_stride, m, seen);
   }
 }
 
 template <typename T>
 void fprop_epilogue(
     const float* acc, int64_t acc_stride, int64_t rows, int64_t channels, const float* bias, const T* residual,
-    T* y, int64_t y_stride, Moments moments, bool first) {
+    T* y, int64_t y_stride, Moments moments, int64_t seen) {
   FP_OVER_CHANNELS(
-      fprop_epilogue_block, channels, acc, acc_stride, rows, bias, residual, y, y_stride, moments, first);
+      fprop_epilogue_block, channels, acc, acc_stride, rows, bias, residual, y, y_stride, moments, seen);
 }
 
 template <int B, bool TAIL, typename T>
@@ -397,7 +463,7 @@ FP_INLINE void dgrad_block(
           v += get<TAIL>(da + r * stride + at, n);
         }
         const vf value = get<TAIL>(x + r * stride + at, n);
-        v = scale[b] * value + shift[b] <= 0.0f ? vf{} : v;
+        v = affine(scale[b], value, shift[b], x) <= 0.0f ? vf{} : v;
         put<TAIL>(g + r * stride + at, v, n);
         v = stored(v, g);
         part_s[b] += v;

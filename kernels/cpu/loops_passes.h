@@ -2,38 +2,35 @@
 
 template <int B, bool TAIL, typename T>
 FP_INLINE void moments_block(int64_t c, int64_t n, const T* x, int64_t x_stride, int64_t rows, Moments m) {
-  const int64_t few = rows < kPivotRows ? rows : kPivotRows;
-  vf pivot[B], s[B], q[B];
+  vf high[B], low[B], m2[B];
   for (int b = 0; b < B; b++) {
-    vf sum{};
-    for (int64_t r = 0; r < few; r++) {
-      sum += get<TAIL>(x + r * x_stride + c + 16 * b, n);
-    }
-    pivot[b] = sum / (float)few;
-    s[b] = q[b] = vf{};
+    const auto value = [&](int64_t r) __attribute__((always_inline)) {
+      return get<TAIL>(x + r * x_stride + c + 16 * b, n);
+    };
+    high[b] = pivot(value, rows);
+    low[b] = m2[b] = vf{};
   }
   for (int64_t begin = 0; begin < rows; begin += kSumRows) {
     const int64_t end = begin + kSumRows < rows ? begin + kSumRows : rows;
-    vf part_s[B], part_q[B];
+    vf s[B], q[B];
     for (int b = 0; b < B; b++) {
-      part_s[b] = part_q[b] = vf{};
+      s[b] = q[b] = vf{};
     }
     for (int64_t r = begin; r < end; r++) {
       for (int b = 0; b < B; b++) {
-        const vf d = get<TAIL>(x + r * x_stride + c + 16 * b, n) - pivot[b];
-        part_s[b] += d;
-        part_q[b] += d * d;
+        const vf d = get<TAIL>(x + r * x_stride + c + 16 * b, n) - high[b];
+        s[b] += d;
+        q[b] += d * d;
       }
     }
     for (int b = 0; b < B; b++) {
-      s[b] += part_s[b];
-      q[b] += part_q[b];
+      join(high[b], low[b], m2[b], s[b], q[b], begin, end - begin);
     }
   }
   for (int b = 0; b < B; b++) {
-    put<TAIL>(m.pivot + c + 16 * b, pivot[b], n);
-    put<TAIL>(m.s + c + 16 * b, s[b], n);
-    put<TAIL>(m.q + c + 16 * b, q[b], n);
+    put<TAIL>(m.high + c + 16 * b, high[b], n);
+    put<TAIL>(m.low + c + 16 * b, low[b], n);
+    put<TAIL>(m.m2 + c + 16 * b, m2[b], n);
   }
 }
 
@@ -49,12 +46,14 @@ FP_INLINE void apply_block(
   for (int b = 0; b < B; b++) {
     const int64_t at = c + 16 * b;
     ahead(g + at);
-    ahead(x + at);
     if (residual != nullptr) {
       ahead(residual + at);
     }
-    vf v = get<TAIL>(a + at, n) * get<TAIL>(g + at, n) +
-        (get<TAIL>(b_ + at, n) * (get<TAIL>(x + at, n) - get<TAIL>(mean + at, n)) + get<TAIL>(c_ + at, n));
+    vf v = get<TAIL>(a + at, n) * get<TAIL>(g + at, n);
+    if (b_ != nullptr) {
+      ahead(x + at);
+      v += get<TAIL>(b_ + at, n) * (get<TAIL>(x + at, n) - get<TAIL>(mean + at, n)) + get<TAIL>(c_ + at, n);
+    }
     if (residual != nullptr) {
       v += get<TAIL>(residual + at, n);
     }
@@ -92,7 +91,7 @@ FP_INLINE void pool_block(int64_t c, int64_t n, const T* x, int64_t rows, int64_
     }
     for (int64_t r = begin; r < end; r++) {
       for (int b = 0; b < B; b++) {
-        part[b] += relu(scale[b] * get<TAIL>(x + r * channels + c + 16 * b, n) + shift[b]);
+        part[b] += relu(affine(scale[b], get<TAIL>(x + r * channels + c + 16 * b, n), shift[b], x));
       }
     }
     for (int b = 0; b < B; b++) {
@@ -131,7 +130,7 @@ FP_INLINE void pool_reduce_block(
     for (int64_t r = begin; r < end; r++) {
       for (int b = 0; b < B; b++) {
         const vf value = get<TAIL>(x + r * channels + c + 16 * b, n);
-        const auto off = scale[b] * value + shift[b] <= 0.0f;
+        const auto off = affine(scale[b], value, shift[b], x) <= 0.0f;
         count[b] += off ? vf{} : vf{} + 1.0f;
         part[b] += off ? vf{} : value - mu[b];
       }
@@ -163,11 +162,18 @@ FP_INLINE void pool_apply_block(
   for (int b = 0; b < B; b++) {
     const int64_t at = c + 16 * b;
     const vf scale = get<TAIL>(bn.scale + at, n), shift = get<TAIL>(bn.shift + at, n);
-    const vf mu = get<TAIL>(mean + at, n), slope = get<TAIL>(b_ + at, n), offset = get<TAIL>(c_ + at, n);
     const vf ag = get<TAIL>(a + at, n) * (get<TAIL>(dy + at, n) / (float)rows);
+    if (b_ == nullptr) {
+      for (int64_t r = 0; r < rows; r++) {
+        const vf value = get<TAIL>(x + r * channels + at, n);
+        put<TAIL>(dx + r * channels + at, affine(scale, value, shift, x) <= 0.0f ? vf{} : ag, n);
+      }
+      continue;
+    }
+    const vf mu = get<TAIL>(mean + at, n), slope = get<TAIL>(b_ + at, n), offset = get<TAIL>(c_ + at, n);
     for (int64_t r = 0; r < rows; r++) {
       const vf value = get<TAIL>(x + r * channels + at, n);
-      const vf v = scale * value + shift <= 0.0f ? vf{} : ag;
+      const vf v = affine(scale, value, shift, x) <= 0.0f ? vf{} : ag;
       put<TAIL>(dx + r * channels + at, v + (slope * (value - mu) + offset), n);
     }
   }

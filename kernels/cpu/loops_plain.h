@@ -60,13 +60,10 @@ static void transpose(
 
 static void merge(double count, double* mean, double* m2, double tile_count, Moments tile, int64_t channels) {
   const double total = count + tile_count, weight = tile_count / total, cross = count * weight;
-  const double per_row = 1.0 / tile_count;
   for (int64_t c = 0; c < channels; c++) {
-    const double s = tile.s[c];
-    const double tile_m2 = (double)tile.q[c] - s * s * per_row;
-    const double delta = (double)tile.pivot[c] + s * per_row - mean[c];
+    const double delta = ((double)tile.high[c] + (double)tile.low[c]) - mean[c];
     mean[c] += delta * weight;
-    m2[c] += (tile_m2 < 0 ? 0 : tile_m2) + delta * delta * cross;
+    m2[c] += (double)tile.m2[c] + delta * delta * cross;
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty_like.h>
@@ -39,6 +40,53 @@ namespace {
 
 constexpr int64_t kRowGrain = 64;
 
+// Whether some tap of the kernel reads only padding, whatever the output pixel.
+bool tap_outside(
+    at::IntArrayRef input, at::IntArrayRef weight, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation) {
+  for (size_t i = 0; i < 2; i++) {
+    const int64_t size = input[i + 2], taps = weight[i + 2], reach = dilation[i] * (taps - 1);
+    const int64_t outputs = (size + 2 * padding[i] - reach - 1) / stride[i] + 1;
+    for (int64_t tap = 0; tap < taps; tap++) {
+      const int64_t at = tap * dilation[i] - padding[i]; // what the first output reads
+      const int64_t first = at >= 0 ? 0 : (stride[i] - 1 - at) / stride[i]; // the first output that may read a pixel
+      if (first >= outputs || first * stride[i] + at >= size) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+// The operand of the library's convolution. Where a tap is outside its zeros are stored: with padding of its own oneDNN
+// (torch 2.13) crashes where every tap is, and of 16-bit tensors makes wrong outputs and leaves memory of dW unwritten.
+struct Padded {
+  Tensor a;
+  std::vector<int64_t> padding;
+
+  Padded(
+      const Tensor& a_, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding_, at::IntArrayRef dilation)
+      : a(a_), padding(padding_.vec()) {
+    if (tap_outside(a.sizes(), weight.sizes(), stride, padding, dilation)) {
+      a = nhwc(at::constant_pad_nd(a, {padding[1], padding[1], padding[0], padding[0]}));
+      padding = {0, 0};
+    }
+  }
+};
+
+// The library's dgrad and wgrad, those that `mask` asks for.
+std::tuple<Tensor, Tensor> library_backward(
+    const Tensor& dy, const Tensor& a, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, std::array<bool, 3> mask) {
+  const Padded padded(a, weight, stride, padding, dilation);
+  auto [dx, dweight, dbias] = at::convolution_backward(
+      nhwc(dy), padded.a, weight, std::nullopt, stride, padded.padding, dilation, false, {0, 0}, groups, mask);
+  if (dx.defined() && dx.sizes() != a.sizes()) {
+    dx = dx.narrow(2, padding[0], a.size(2)).narrow(3, padding[1], a.size(3));
+  }
+  return {dx, dweight};
+}
+
 Tensor activated(const Tensor& x, const Tensor& scale_, const Tensor& shift_) {
   const Tensor scale = floats(scale_), shift = floats(shift_), out = empty_nhwc(x.sizes(), x);
   const int64_t channels = x.size(1);
@@ -62,7 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> split_fprop(
   const bool prologue = scale.has_value() && shift.has_value();
   const Tensor a = prologue ? activated(nhwc(x), *scale, *shift) : nhwc(x);
   const OptionalTensor same = bias.has_value() ? OptionalTensor(bias->to(weight.scalar_type())) : std::nullopt;
-  Tensor y = nhwc(at::conv2d(a, weight, same, stride, padding, dilation, groups));
+  const Padded padded(a, weight, stride, padding, dilation);
+  Tensor y = nhwc(at::conv2d(padded.a, weight, same, stride, padded.padding, dilation, groups));
   if (relu) {
     y.relu_();
   }
@@ -82,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor> split_dgrad(
     const OptionalTensor& shift_, const OptionalTensor& mean_, const OptionalTensor& da, at::IntArrayRef stride,
     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const Tensor x = nhwc(x_);
-  Tensor grad = nhwc(std::get<0>(at::convolution_backward(
-      nhwc(dy), x, weight, std::nullopt, stride, padding, dilation, false, {0, 0}, groups, {true, false, false})));
+  Tensor grad = nhwc(std::get<0>(
+      library_backward(dy, x, weight, stride, padding, dilation, groups, {true, false, false})));
   if (!scale_.has_value() || !shift_.has_value() || !mean_.has_value()) {
     return {like_input(grad, x_), at::empty({0}, at::kFloat), at::empty({0}, at::kFloat)};
   }
@@ -117,9 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> split_dgrad(
 Tensor split_wgrad(
     const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  const Tensor dweight = std::get<1>(at::convolution_backward(
-      nhwc(dy), activated(nhwc(x), scale, shift), weight, std::nullopt, stride, padding, dilation, false, {0, 0},
-      groups, {false, true, false}));
+  const Tensor dweight = std::get<1>(library_backward(
+      dy, activated(nhwc(x), scale, shift), weight, stride, padding, dilation, groups, {false, true, false}));
   return dweight.strides() == weight.strides() ? dweight : at::empty_like(weight).copy_(dweight);
 }
 

@@ -52,7 +52,7 @@ class StemRun {
       }
       pool(std::max<int64_t>(first, 0), last, ring, out);
       loops<T>().fprop_epilogue(
-          out, width_, pw_, k_, bias_, nullptr, y_ + (image * ph_ + row) * pw_ * k_, k_, Moments{}, false);
+          out, width_, pw_, k_, bias_, nullptr, y_ + (image * ph_ + row) * pw_ * k_, k_, Moments{}, 0);
     }
   }
 

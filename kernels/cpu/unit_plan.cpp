@@ -24,7 +24,6 @@ int64_t depth_step(int64_t depth) {
 
 UnitPlan::UnitPlan(const ChainUnit& unit_, int64_t images_, int64_t h, int64_t w, int64_t tiles)
     : unit(&unit_), images(images_), left_floats(0), acc_floats(0) {
-  bool strided = false;
   for (const ChainConv& conv : unit_.convs) {
     const int64_t oh = (h + 2 * conv.pad_h - conv.dil_h * (conv.r - 1) - 1) / conv.stride_h + 1;
     const int64_t ow = (w + 2 * conv.pad_w - conv.dil_w * (conv.s - 1) - 1) / conv.stride_w + 1;
@@ -32,7 +31,6 @@ UnitPlan::UnitPlan(const ChainUnit& unit_, int64_t images_, int64_t h, int64_t w
         h + 2 * conv.pad_h > conv.dil_h * (conv.r - 1) && w + 2 * conv.pad_w > conv.dil_w * (conv.s - 1),
         "x: got a size of which the convolutions leave nothing");
     levels.push_back({&conv, h, w, oh, ow, 0});
-    strided = strided || conv.stride_h > 1;
     h = oh;
     w = ow;
   }
@@ -57,9 +55,7 @@ UnitPlan::UnitPlan(const ChainUnit& unit_, int64_t images_, int64_t h, int64_t w
     phases.push_back({first, last});
     first = last + 1;
   }
-  // In place, a row may be written once all of it has been read; with equal sizes and no strides the rows that
-  // are needed reach at least as far as those that are written.
-  interleaved = tiles == 0 && (unit_.shortcut != Shortcut::kIdentity || !strided);
+  interleaved = tiles == 0 && (unit_.shortcut != Shortcut::kIdentity || reads_ahead());
 
   const int64_t rows = output().oh, pixels = images * output().ow;
   rows_at_once = std::min(rows, std::max<int64_t>(1, kRows / pixels));
@@ -103,6 +99,19 @@ UnitPlan::UnitPlan(const ChainUnit& unit_, int64_t images_, int64_t h, int64_t w
     }
   }
   tile_floats = round_up(left_floats, kLanes) + 2 * round_up(acc_floats, kLanes);
+}
+
+bool UnitPlan::reads_ahead() const {
+  for (int64_t end = 1; end < output().oh; end++) {
+    int64_t read = end;
+    for (size_t phase = phases.size() - 1; phase > 0; phase--) {
+      read = levels[phases[phase].first].needed(read);
+    }
+    if (read < end) {
+      return false;
+    }
+  }
+  return true;
 }
 
 int64_t UnitPlan::operand_floats() const {

@@ -31,6 +31,9 @@ struct Level {
   }
   // Input rows that output rows below `end` read.
   int64_t needed(int64_t end) const {
+    if (end == 0) {
+      return 0;
+    }
     const int64_t last = (end - 1) * conv->stride_h + (conv->r - 1) * conv->dil_h - conv->pad_h;
     return std::min(std::max<int64_t>(last + 1, 0), h);
   }
@@ -65,6 +68,9 @@ struct UnitPlan {
     return images * output().oh * output().ow * output().conv->width();
   }
   int64_t operand_floats() const;
+  // Whether for any number of its first rows the output needs that many of the input: then a row may be written over
+  // the input's, which has been read. Not so with strides, and not where rows see only padding and need nothing.
+  bool reads_ahead() const;
   int64_t phase_rows(int64_t phase) const {
     return phases[phase].last < phases[phase].first ? levels[0].h : levels[phases[phase].last].oh;
   }

@@ -219,7 +219,7 @@ void UnitRun::work(int64_t phase, int64_t begin, int64_t end, float* scratch) co
     if (ends) {
       if (unit.tail >= 0) {
         loops<float>().fprop_epilogue(
-            to, conv.width(), m, conv.width(), packed_ + unit.tail, nullptr, to, conv.width(), Moments{}, false);
+            to, conv.width(), m, conv.width(), packed_ + unit.tail, nullptr, to, conv.width(), Moments{}, 0);
       }
       return;
     }

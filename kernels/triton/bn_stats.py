@@ -64,7 +64,7 @@ def _bn_stats_kernel(
             x = y.to(tl.float32)
         seen = (m0 - start).to(tl.float32)
         count = tl.minimum(end - m0, BLOCK_M).to(tl.float32)
-        high, low, block_m2 = tile_statistics(x - pivot[None, :], valid, count)
+        high, low, block_m2 = tile_statistics(x - pivot[None, :], valid, count, True)
         # Chan's formula for two parts.
         delta = high + low - mean
         mean += delta * (count / (seen + count))

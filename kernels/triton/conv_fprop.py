@@ -163,7 +163,7 @@ def _conv_fprop_kernel(
     if STATS:
         # Of the stored, rounded value: that is what the next BN reads.
         count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(tl.float32)
-        high, low, m2 = tile_statistics(y.to(tl.float32), valid, count)
+        high, low, m2 = tile_statistics(y.to(tl.float32), valid, count, False)
         store_statistics(partials_ptr, tile, K, k, high, low, m2)
 
 

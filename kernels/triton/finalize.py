@@ -65,11 +65,12 @@ def _merge_statistics_kernel(
         m2_i = tl.load(base + 2 * C, mask=mask, other=0.0)
         mean_i = tl.where(mask, high - pivot[None, :] + low, 0.0)
         total = tl.sum(count, axis=0)
-        part = tl.sum(mean_i * count[:, None], axis=0) / total
+        # Rounded correctly: tiles of one value then have its mean, and nothing between them.
+        part = tl.div_rn(tl.sum(mean_i * count[:, None], axis=0), total)
         between = tl.where(mask, mean_i - part[None, :], 0.0)
         part_m2 = tl.sum(m2_i + between * between * count[:, None], axis=0)
         # These tiles and those seen before.
-        share = total / (seen + total)
+        share = tl.div_rn(total, seen + total)
         delta = part - mean
         mean += delta * share
         m2 += part_m2 + delta * delta * (seen * share)
