@@ -20,7 +20,7 @@ from fused_preact.convert import runtime
 
 @dataclass
 class Ran:
-    """The fused calls of some forward passes: sites as (norm, convolution), the paths of those who own the tensors."""
+    """The fused calls of some forward passes: sites as (norm, convolution), the paths of the tensors' owners."""
 
     sites: list[tuple[str, str]] = field(default_factory=list)
     additions: int = 0

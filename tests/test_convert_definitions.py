@@ -1,4 +1,4 @@
-"""``fuse`` on every definition of a third-party structure: the numbers of the plain model, and which sites run fused."""
+"""``fuse`` on every definition of a third-party structure: the plain model's numbers, and which sites run fused."""
 
 from __future__ import annotations
 

@@ -943,6 +943,19 @@ def _sum_into_the_shortcut(self: Any, x: Tensor) -> Tensor:
     return v * 2
 
 
+def _sum_into_another(self: Any, x: Tensor) -> Tensor:
+    other = self.conv2(x)
+    other += self.site(x)
+    return other * 2
+
+
+def _sum_into_another_with_a_view(self: Any, x: Tensor) -> Tensor:
+    other = self.conv2(x)
+    view = other[:, :2]
+    other += self.site(x)
+    return view * 2
+
+
 def _numbers(self: Any, x: Tensor) -> Tensor:
     height = x.shape[2]
     more = height
@@ -1074,6 +1087,8 @@ FORWARDS: dict[str, tuple[Callable[..., Any], tuple[int, int] | None]] = {
     "sum with another name": (_write_through_another_name, (1, 1)),
     "view of a sum": (_view_of_the_sum, (1, 0)),
     "sum into the shortcut": (_sum_into_the_shortcut, (1, 0)),
+    "sum into another": (_sum_into_another, (1, 1)),
+    "sum into another with a view": (_sum_into_another_with_a_view, (1, 0)),
     "numbers": (_numbers, (1, 0)),
     "sum that broadcasts": (_broadcast, None),
     "sum that broadcasts the branch": (_broadcast_up, None),
@@ -1136,7 +1151,8 @@ def raises(model: nn.Module, x: Tensor) -> bool:
     try:
         step(model, (x,))
     except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
+        if "modified by an inplace operation" not in str(error):
+            raise
         return True
     return False
 
@@ -1258,7 +1274,8 @@ def test_input_written_afterwards() -> None:
                 y.sum().backward()
                 results.append(leaf.grad)
             except RuntimeError as error:
-                assert "modified by an inplace operation" in str(error)
+                if "modified by an inplace operation" not in str(error):
+                    raise
                 results.append(None)
         assert results[1] is None or results[0] is not None
 
@@ -1341,7 +1358,7 @@ def test_scripted() -> None:
 def test_lazy_parameters() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.LazyConv2d(4, 1))
     before = _state_of(model)
-    with pytest.raises(ValueError, match="uninitialised parameter '2.weight'"):
+    with pytest.raises(ValueError, match=r"uninitialised parameter '2\.weight'"):
         fuse(model)
     assert {n: list(d) for n, d in _state_of(model).items()} == {n: list(d) for n, d in before.items()}
     model(torch.randn(2, 3, 4, 4))

@@ -113,6 +113,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "eps": lambda m: setattr(m[1].bn3, "eps", 0.5),
     "padding": lambda m: (setattr(m[1].conv2, "padding", (2, 2)), setattr(m[1].conv2, "dilation", (2, 2))),
     "parameter": lambda m: setattr(m[1].bn2, "weight", nn.Parameter(torch.full((8,), 0.3))),
+    "buffer": lambda m: setattr(m[1].bn2, "running_var", torch.full((8,), 0.3)),
     "child": lambda m: setattr(m[1], "conv1", nn.Conv2d(32, 8, 1)),
     "batch-norm": lambda m: setattr(m[1], "bn2", nn.BatchNorm2d(8, track_running_stats=False).eval()),
     "unit-added": lambda m: m.append(PreActBottleneck(32, 32).eval()),
@@ -286,6 +287,20 @@ def test_hooks_run_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 1
     handle.remove()
     compare(model, x)
+
+
+def test_hooks_on_the_folded_module_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own call is made, so that they need no other."""
+    model, x = make("sequence")
+    ran: list[int] = []
+    run_chain = inference.run_chain
+    monkeypatch.setattr(inference, "run_chain", lambda *args: (ran.append(1), run_chain(*args))[1])
+    expected = optimize_for_inference(model)(x)
+    model.register_forward_hook(lambda module, args, y: 2 * y)
+    assert torch.equal(model(x), 2 * expected)
+    optimize_for_inference(model)
+    assert torch.equal(model(x), 2 * expected)
+    assert len(ran) == 3
 
 
 def test_parametrised_and_foreign_modules() -> None:

@@ -188,6 +188,19 @@ def test_writes_of_one_element_of_a_vector(name: str, dtype: torch.dtype, finger
     assert written > 15
 
 
+def test_counted_writes_of_one_element_of_a_weight(fingerprints: str) -> None:
+    """What PyTorch counts is seen wherever it is."""
+    model: Any = build("cifar")[0]
+    x = torch.randn(1, 3, 12, 12)
+    weight = model.stages[2][1].conv1.weight
+    for place in range(0, weight.numel(), 1777):
+        before = states(model)
+        weight.view(-1)[place] += 4
+        y = model(x)
+        assert sum(a is not b for a, b in zip(before, states(model), strict=True)) == 1, place
+        assert torch.equal(y, fresh(model, x)), place
+
+
 def test_nothing_is_made_again_without_a_write(fingerprints: str) -> None:
     model: Any = build("cifar")[0]
     x = torch.randn(1, 3, 12, 12)

@@ -275,6 +275,7 @@ ANY: dict[str, Change] = {
     "forward-on-the-instance": _patched,
     "forward-on-the-class": _class_patched,
     "call-of-all-modules": _call_patched,
+    "call-on-the-class": _replaced("__call__", "class"),
     "inner-call-of-all-modules": _replaced("_call_impl", "modules"),
     "inner-call-on-the-class": _replaced("_call_impl", "class"),
     "inner-call-on-the-instance": _replaced("_call_impl", "instance"),
@@ -714,10 +715,16 @@ def test_functions_under_transforms() -> None:
     def plain(t: Tensor) -> Tensor:
         return F.conv2d(F.relu(F.batch_norm(t, mean, var)), weight)
 
-    for name in ("grad", "jvp", "vmap"):
-        torch.testing.assert_close(
-            TRANSFORMS[name](ours, x), TRANSFORMS[name](plain, x), rtol=1e-3, atol=1e-3
-        )
+    def our_head(t: Tensor) -> Tensor:
+        bn = fused_preact.functional.BatchNorm(running_mean=mean, running_var=var)
+        return fused_preact.functional.bn_relu_avg_pool2d(t, bn)
+
+    def plain_head(t: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(t, mean, var)).mean((2, 3))
+
+    for name in ("grad", "jvp", "vmap", "forward-mode"):
+        for f, g in ((ours, plain), (our_head, plain_head)):
+            torch.testing.assert_close(TRANSFORMS[name](f, x), TRANSFORMS[name](g, x), rtol=1e-3, atol=1e-3)
 
 
 class Tagged(Tensor):

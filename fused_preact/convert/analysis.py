@@ -26,7 +26,7 @@ class Part:
     found: Found
 
     def owner(self, match: Chain | Head) -> tuple[str, ...]:
-        """The path of the smallest module whose code holds the whole match, as a row of the modules from here to it."""
+        """The path of the smallest module whose code holds the whole match, as a row of modules from here to it."""
         rows = [_callers(node) for node in match.nodes()]
         common = rows[0]
         for row in rows[1:]:

@@ -104,7 +104,7 @@ class FusedForward:
     prepared._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def program(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
-        """The program for arguments of this form in the present state of the module, None where it runs as written."""
+        """The program for arguments of this form in the present state of the module, None: it runs as written."""
         # What a forward may set around a part of itself shows in its trace only where it makes a difference.
         key = (
             key,
@@ -139,22 +139,22 @@ class FusedForward:
 def fuse(model: Model, example_input: Any = None) -> Model:
     """Let every BN -> ReLU -> convolution site that is found in ``model`` run fused, in place; returns ``model``.
 
-    Found are the operations, whatever module, function or method they are spelled with: sites, chains of sites with the
-    residual addition at their end (a whole unit is then one call), and the head BN -> ReLU -> global average pool.
-    Everything else runs as it was written. The model is traced as a whole or block by block
+    Found are the operations, whatever module, function or method they are spelled with: sites, chains of sites with
+    the residual addition at their end (a whole unit is then one call), and the head BN -> ReLU -> global average
+    pool. Everything else runs as it was written. The model is traced as a whole or block by block
     (:mod:`torch.fx`); a block that cannot be traced is left alone. :func:`explain` says what became of each site.
 
     Modules, parameters, buffers and their names stay the same objects, so optimisers, state dicts, hooks, copies and
-    pickles go on working. A later change of a module (another BN, a hook, a parametrisation, ``eval()``) is noticed at
-    the next call; a state that is neither an attribute of a module nor a tensor (a global variable, an object that a
+    pickles go on working. A later change of a module (another BN, a hook, a parametrisation, ``eval()``) is noticed
+    at the next call; a state that is neither an attribute of a module nor a tensor (a global variable, an object that a
     module holds) is read when the model is traced.
 
     With ``example_input`` (a tensor, or a tuple of the model's arguments) the fused model is compared with the plain
     one, in training and evaluation, float64 and its own dtype: outputs, gradients and running statistics. On
     disagreement the model is restored and a RuntimeError names the first tensor that differs.
 
-    Raises TypeError for something that is no module or is scripted, ValueError for uninitialised (lazy) parameters and
-    for an ``example_input`` that the model refuses; the model is then as it was. Warns once where nothing is found.
+    Raises TypeError for something that is no module or is scripted, ValueError for uninitialised (lazy) parameters
+    and for an ``example_input`` that the model refuses; the model is then as it was. Warns once where nothing is found.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, allowed is a torch.nn.Module")
@@ -175,7 +175,8 @@ def fuse(model: Model, example_input: Any = None) -> Model:
                 owners.setdefault(path, set()).update(inline)
     if not owners and not _has_own(model):
         warnings.warn(
-            f"fused_preact.fuse: found nothing to fuse in {type(model).__name__}; fused_preact.explain(model) says why",
+            f"fused_preact.fuse: found nothing to fuse in {type(model).__name__}; "
+            "fused_preact.explain(model) says why",
             UserWarning,
             stacklevel=2,
         )

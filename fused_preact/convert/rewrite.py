@@ -57,7 +57,7 @@ def rewrite(graph: Graph, found: Found) -> None:
         replaced[match.last] = new
     gone = {node for match in found.matches for node in match.nodes()}
     for node in reversed(list(graph.nodes)):
-        # What only passed a tensor on goes with them; a value that somebody still wants would be a fault of the match.
+        # What only passed a tensor on goes with them; a value that is still wanted would be a fault of the match.
         if node in gone or (isinstance(found.values.roles.get(node), Same | Pad) and not node.users):
             graph.erase_node(node)
 

@@ -42,8 +42,8 @@ class Role:
 
 @dataclass(frozen=True, eq=False)
 class Normalise(Role):
-    """Batch normalisation: by ``module``, or by the function with ``tensors`` (running mean and variance, weight, bias)
-    and ``constants`` (training, momentum, eps).
+    """Batch normalisation: by ``module``, or by the function with ``tensors`` (running mean and variance, weight,
+    bias) and ``constants`` (training, momentum, eps).
     """
 
     module: nn.Module | None
@@ -89,7 +89,7 @@ class Add(Role):
 
 @dataclass(frozen=True, eq=False)
 class Pool(Role):
-    """The mean over height and width, kept as dimensions of size 1 or not. ``window``: only if it is the map's size."""
+    """The mean over height and width, kept as dimensions of size 1 or not. ``window``: if it is the map's size."""
 
     keepdim: bool
     window: tuple[int, int] | None = None
@@ -126,10 +126,12 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
 
 IN_PLACE: dict[str, Callable[[Any, Any], Any]] = {
     name: _in_place(name)
-    for name in ("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift")
-    + ("isub", "itruediv", "ixor")
+    for name in (
+        *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul"),
+        *("ior", "ipow", "irshift", "isub", "itruediv", "ixor"),
+    )
 }
-"""``+=`` and its like as calls. For ``operator.iadd`` FX writes the statement, which binds the name of a number anew."""
+"""``+=`` and its like as calls. For ``operator.iadd`` FX writes a statement, which binds a number's name anew."""
 
 _ADD = {operator.add, operator.iadd, IN_PLACE["iadd"], torch.add, "add", "add_"} | {
     *("__add__", "__radd__", "__iadd__")

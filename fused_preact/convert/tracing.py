@@ -1,8 +1,8 @@
 """Symbolic tracing of a module's forward, with what cannot be traced left as a call.
 
 ``torch.fx.Tracer`` and four things more: a submodule that fails to trace, draws random numbers in Python, sets
-attributes or asks for the type of a value stays a call of that module, with the reason; buffers are read when the graph
-runs; and whoever is called with lists of tensors is traced with lists.
+attributes or asks for the type of a value stays a call of that module, with the reason; buffers are read when the
+graph runs; and whoever is called with lists of tensors is traced with lists.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ for _name in IN_PLACE:
 
 
 class Traced:
-    """A graph of what ``root`` does, the modules whose code is in it, and those that stay calls though not PyTorch's."""
+    """A graph of what ``root`` does, the modules whose code is in it, and those that stay calls, not PyTorch's own."""
 
     def __init__(
         self, root: nn.Module, graph: fx.Graph, inlined: list[nn.Module], opaque: dict[str, str]
