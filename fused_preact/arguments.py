@@ -57,8 +57,9 @@ class BatchNorm(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
-        """The arguments that ``module`` (an ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm``) would normalise with in its present mode.
+        """The arguments that ``module`` would normalise with in its present mode.
 
+        It is an ``nn.BatchNorm2d``, or an ``nn.SyncBatchNorm`` (which may have a group to share with).
         As in PyTorch, a module in eval mode without running statistics uses those of the batch, and a module
         in training mode with ``track_running_stats=False`` (whenever that was set) updates nothing. A cumulative
         average (``momentum=None``) without a counter stays where it is.
@@ -212,8 +213,8 @@ class _Plan(NamedTuple):
     counts: tuple[int, ...]
     """Values per channel of each site's input."""
     memo: dict[Any, Any] | None
-    """For :func:`ops.run`: what a backend remembers of units of these shapes and dtypes. Nothing where they call other
-    processes."""
+    """For :func:`ops.run`: what a backend remembers of units of these shapes and dtypes; nothing of those that call
+    other processes."""
 
 
 def checked(check: Callable[..., Any], x: Tensor, *args: Any) -> Any:

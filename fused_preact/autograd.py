@@ -133,8 +133,8 @@ def _gradients(
 
 
 def _forward(k: Any, unit: Unit, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """y; what backward needs: the projection's weight and of each site x, mean, scale, shift, rstd, total and W; then what
-    is returned beside y.
+    """y; what backward needs: the projection's weight and of each site x, mean, scale, shift, rstd, total and W;
+    then what is returned beside y.
     """
     count = len(unit.sites)
     x, residual, projection_weight, projection_bias = tensors[:4]
@@ -148,8 +148,8 @@ def _forward(k: Any, unit: Unit, tensors: Sequence[Tensor | None]) -> list[Tenso
     for saved, site in zip(result.saved, sites, strict=True):
         found += (*saved, site.weight)
     found += result.output_stats if unit.output_stats else ()
-    for site, pair, saved, was in zip(unit.sites, result.statistics, result.saved, given, strict=True):
-        if site.group is not None:
+    for pair, saved, was in zip(result.statistics, result.saved, given, strict=True):
+        if saved.total is not None:
             found += (*pair, saved.total)
         elif was is None:
             found += pair

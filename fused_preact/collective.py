@@ -33,7 +33,7 @@ def group_of(module: Any) -> Group | None:
     """
     if not (module.training and dist.is_available() and dist.is_initialized()):
         return None
-    group = module.process_group or dist.group.WORLD
+    group: Any = module.process_group or dist.group.WORLD
     size = dist.get_world_size(group)
     return Group(group.group_name, size) if size > 1 else None
 
@@ -70,7 +70,7 @@ def summed(sum_g: Tensor, sum_gx: Tensor, count: int, total: Tensor, group: Grou
 
 
 def reduced(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """The sums over all ranks of vectors of one dtype, by one all-reduce that can be differentiated any number of times."""
+    """The sums of vectors over all ranks, by one all-reduce that can be differentiated any number of times."""
     both: Tensor = _AllReduce.apply(torch.cat(list(parts)), group)
     return list(both.split([part.shape[0] for part in parts]))
 
@@ -90,4 +90,5 @@ class _AllReduce(torch.autograd.Function):
 
 def _reduced(x: Tensor, group: Group) -> Tensor:
     made: Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group.name)
-    return torch.ops._c10d_functional.wait_tensor(made)  # type: ignore[no-any-return]
+    made = torch.ops._c10d_functional.wait_tensor(made)
+    return made

@@ -49,8 +49,8 @@ def activated(x: Tensor, bn: BatchNorm) -> Tensor:
     """
     if bn.group is not None and transforming():
         raise RuntimeError(
-            "nn.SyncBatchNorm in training calls the other processes, which torch.func transforms, forward-mode AD and "
-            "torch.jit.trace cannot follow: allowed there are eval mode and nn.BatchNorm2d"
+            "nn.SyncBatchNorm in training calls the other processes, which torch.func transforms, forward-mode AD "
+            "and torch.jit.trace cannot follow: allowed there are eval mode and nn.BatchNorm2d"
         )
     if bn.training and recomputing():
         # Copies, since the recomputation has to save as many tensors as the first forward did.

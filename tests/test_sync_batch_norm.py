@@ -52,11 +52,11 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ]
     if fused_preact.ops._cpu_missing is not None:
         wanted = [name for name in wanted if not name.startswith("compiled-kernels")]
-    code = f"import sys; sys.path[:0] = ['', 'tests']; import sync_ranks; sync_ranks.main({{}}, {str(folder)!r}, {wanted!r})"
+    code = "import sys; sys.path[:0] = ['', 'tests']; import sync_ranks; sync_ranks.main"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code.format(rank)],
+            [sys.executable, "-c", f"{code}({rank}, {str(folder)!r}, {wanted!r})"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
