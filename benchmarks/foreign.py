@@ -1,7 +1,7 @@
-"""A network of ours written as other people write theirs: the same layers, in modules that know nothing of this package.
+"""A network of ours written as other people write theirs: the same layers, in modules that know nothing of them.
 
-Blocks as in the CIFAR repositories (functional ReLUs, the sum in place, the shortcut an attribute that may be missing),
-stages as ``nn.Sequential``, a head of three functions.
+Blocks as in the CIFAR repositories (functional ReLUs, the sum in place, the shortcut an attribute that may be
+missing), stages as ``nn.Sequential``, a head of three functions.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def undo_optimize_for_inference(model: Model) -> Model:
 
 
 def _install(module: nn.Module) -> bool:
-    """Chains as long as possible: a sequence of foldable units is one, however it is nested. Whether there are any."""
+    """Chains as long as possible: a sequence of foldable units is one, however nested. Whether there are any."""
     chain = list(_leaves(module))
     if isinstance(module, Stem) or (chain and all(_unit(m) is not None for m in chain)):
         slot: Any = module

@@ -21,7 +21,7 @@ from fused_preact import ops, reference
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is part of the checkout, not of the package
 
-from benchmarks.correct import separated, separated_input  # noqa: E402
+from benchmarks.correct import separated, separated_input
 
 pytestmark = pytest.mark.skipif(
     ops._unavailable("cpu", None) is not None, reason=f"no CPU kernels: {ops._unavailable('cpu', None)}"
