@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from definitions_oracle import _owned
 from torch import Tensor, nn
 
@@ -139,3 +140,98 @@ def assert_same_step(
         assert list(actual) == list(expected)
         for name, tensor in expected.items():
             assert_close(f"step {number}: {name}", actual[name], tensor)
+
+
+# --- a model to try things on -------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A pre-activation unit of two sites, with a projection where the shape changes."""
+
+    def __init__(self, channels: int, width: int, stride: int = 1, p: float = 0.0) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.drop = nn.Dropout(p)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or channels != width:
+            self.shortcut = nn.Conv2d(channels, width, 1, stride, bias=False)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv1(out)
+        out = self.conv2(self.drop(F.relu(self.bn2(out))))
+        if self.scale != 1.0:
+            out = out * self.scale
+        return out + shortcut
+
+
+class Net(nn.Module):
+    """A stem, two units and a head."""
+
+    def __init__(self, block: Callable[..., nn.Module] = Block, **options: Any) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, 1, 1)
+        self.layer = nn.Sequential(block(6, 6, **options), block(6, 8, 2, **options))
+        self.bn = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(self.stem(x))
+        return self.fc(self.pool(self.relu(self.bn(x))).flatten(1))
+
+
+ALL = (5, 2, 1)
+"""What of ``Net`` runs fused."""
+
+
+def awkward(model: nn.Module) -> Any:
+    """Norms of either sign, with statistics of their own, in float64."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -1, 1.5)
+            nn.init.uniform_(module.bias, 0.1, 0.6)
+            nn.init.normal_(module.running_mean, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.double()
+
+
+def net(**options: Any) -> Any:
+    return awkward(Net(**options))
+
+
+def image(dtype: torch.dtype = torch.float64, count: int = 2, size: int = 6) -> Tensor:
+    return torch.randn(count, 3, size, size, dtype=dtype)
+
+
+def counts(model: nn.Module, *inputs: Any) -> tuple[int, int, int]:
+    """What runs fused in one call."""
+    with watching(model) as ran:
+        model(*inputs)
+    assert ran.composites == 0
+    return ran.counts
+
+
+def assert_same(plain: nn.Module, fused: nn.Module, expected: tuple[int, int, int] | None = ALL) -> None:
+    """A step of both agrees, and of the fused one this much runs fused."""
+    x = image()
+    assert_same_step(plain, fused, x)
+    if expected is None:
+        return
+    seeded()
+    output = plain(x)
+    with watching(fused) as ran:
+        seeded()
+        assert_close("output", fused(x), output)
+    assert ran.counts == expected
+    assert ran.composites == 0
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    return {name: {**m.__dict__} for name, m in model.named_modules()}

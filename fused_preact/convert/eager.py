@@ -146,15 +146,15 @@ def fuse(model: Model, example_input: Any = None) -> Model:
 
     Modules, parameters, buffers and their names stay the same objects, so optimisers, state dicts, hooks, copies and
     pickles go on working. A later change of a module (another BN, a hook, a parametrisation, ``eval()``) is noticed
-    at the next call; a state that is neither an attribute of a module nor a tensor (a global variable, an object that a
-    module holds) is read when the model is traced.
+    at the next call; a state that is neither an attribute of a module nor a tensor (a global variable, an object
+    that a module holds) is read when the model is traced.
 
     With ``example_input`` (a tensor, or a tuple of the model's arguments) the fused model is compared with the plain
     one, in training and evaluation, float64 and its own dtype: outputs, gradients and running statistics. On
     disagreement the model is restored and a RuntimeError names the first tensor that differs.
 
     Raises TypeError for something that is no module or is scripted, ValueError for uninitialised (lazy) parameters
-    and for an ``example_input`` that the model refuses; the model is then as it was. Warns once where nothing is found.
+    and for an ``example_input`` that the model refuses; the model is then as it was. Warns where nothing is found.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, allowed is a torch.nn.Module")

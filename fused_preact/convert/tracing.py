@@ -69,7 +69,7 @@ for _name in IN_PLACE:
 
 
 class Traced:
-    """A graph of what ``root`` does, the modules whose code is in it, and those that stay calls, not PyTorch's own."""
+    """A graph of what ``root`` does, the modules whose code is in it, and what was left as calls, with the reason."""
 
     def __init__(
         self, root: nn.Module, graph: fx.Graph, inlined: list[nn.Module], opaque: dict[str, str]
