@@ -217,6 +217,29 @@ def test_conversion_of_definitions(name: str, before: bool) -> None:
     assert (matches > 0) != ("timm" in name)
 
 
+class SyncBatchNormAct(nn.SyncBatchNorm):
+    """What timm's own conversion puts in the place of its norms."""
+
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_an_activation_inside_is_kept_by_those_who_keep_it(training: bool) -> None:
+    """Such modules run as they are written; the sites around them are fused."""
+    plain: Any = disturb(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), SyncBatchNormAct(4)))
+    plain[3].act = nn.ReLU()
+    plain.append(nn.Conv2d(4, 4, 1)).train(training)
+    model = fused_preact.fuse(copy.deepcopy(plain))
+    assert model.forward.matches == 1
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(model(x), plain(x))
+    for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
 def test_a_relu_of_ours_is_not_lost() -> None:
     """The ReLU is no child of our modules: conversion leaves it where it is."""
     site: Any = disturb(PreActConv2d(4, 4, 1)).eval()
