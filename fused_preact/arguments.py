@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .calls import even_padding
+from .collective import Group, group_of
 from .reference import conv_output_size, statistics_dtype
-from .schedule import Conv, Site, Unit
+from .schedule import Conv, Site, Unit, values_per_channel
 
 __all__ = [
     "BatchNorm",
@@ -51,11 +52,14 @@ class BatchNorm(NamedTuple):
     training: bool = False
     momentum: float | None = 0.1
     eps: float = 1e-5
+    group: Group | None = None
+    """Over whose values statistics of the batch are taken: this process' alone, or those of a process group."""
 
     @classmethod
     def of(cls, module: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
-        """The arguments that ``module`` (an ``nn.BatchNorm2d``) would normalise with in its present mode.
+        """The arguments that ``module`` would normalise with in its present mode.
 
+        It is an ``nn.BatchNorm2d``, or an ``nn.SyncBatchNorm`` (which may have a group to share with).
         As in PyTorch, a module in eval mode without running statistics uses those of the batch, and a module
         in training mode with ``track_running_stats=False`` (whenever that was set) updates nothing. A cumulative
         average (``momentum=None``) without a counter stays where it is.
@@ -76,6 +80,7 @@ class BatchNorm(NamedTuple):
             module.training,
             momentum,
             module.eps,
+            group_of(module) if isinstance(module, nn.SyncBatchNorm) else None,
         )
 
     @property
@@ -107,13 +112,16 @@ class Convolution(NamedTuple):
         return cls(weight, bias, module.stride, padding, module.dilation, module.groups)
 
 
+_PLAIN = nn.BatchNorm2d, nn.Conv2d, nn.SyncBatchNorm
+
+
 def _held(module: nn.Module, held: dict[str, Any], name: str) -> Any:
     """``getattr(module, name)`` for a parameter or buffer, by the short way where that finds the same.
 
     ``nn.Module`` looks into ``held`` last: after what a class (a parametrisation's property) or the instance may
     have under the name.
     """
-    if name in held and name not in module.__dict__ and type(module) in (nn.BatchNorm2d, nn.Conv2d):
+    if name in held and name not in module.__dict__ and type(module) in _PLAIN:
         return held[name]
     return getattr(module, name)
 
@@ -154,10 +162,11 @@ class NormKind(NamedTuple):
     training: bool
     cumulative: bool
     eps: float
+    group: Group | None
 
     @classmethod
     def of(cls, bn: BatchNorm) -> NormKind:
-        weight, bias, mean, var, counter, training, momentum, eps = bn
+        weight, bias, mean, var, counter, training, momentum, eps, group = bn
         return cls(
             None if weight is None else (weight.shape, weight.dtype, weight.device),
             None if bias is None else (bias.shape, bias.dtype, bias.device),
@@ -167,6 +176,7 @@ class NormKind(NamedTuple):
             training,
             momentum is None,
             eps,
+            group,
         )
 
 
@@ -202,8 +212,9 @@ class _Plan(NamedTuple):
     unit: Unit
     counts: tuple[int, ...]
     """Values per channel of each site's input."""
-    memo: dict[Any, Any]
-    """For :func:`ops.run`: what a backend remembers of units of these shapes and dtypes."""
+    memo: dict[Any, Any] | None
+    """For :func:`ops.run`: what a backend remembers of units of these shapes and dtypes; nothing of those that call
+    other processes."""
 
 
 def checked(check: Callable[..., Any], x: Tensor, *args: Any) -> Any:
@@ -219,11 +230,6 @@ def checked(check: Callable[..., Any], x: Tensor, *args: Any) -> Any:
 @functools.lru_cache(maxsize=8192)
 def _remembered(check: Callable[..., Any], *args: Any) -> Any:
     return check(*args)
-
-
-def values_per_channel(shape: Sequence[int]) -> int:
-    """N H W of an image's shape."""
-    return shape[0] * shape[2] * shape[3]
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
@@ -279,7 +285,11 @@ def _check_batch_norm(x: Kind, bn: NormKind, prefix: str, shape: tuple[int, ...]
             f"{prefix}num_batches_tracked: got None with momentum=None, allowed there is the counter tensor "
             "that the cumulative average divides by"
         )
-    if (bn.training or bn.running_mean is None) and values_per_channel(shape) == 1:
+    if bn.group is not None and not bn.training:
+        raise ValueError(
+            f"{prefix}group: got {bn.group!r} with training=False, allowed there is None: only training synchronises"
+        )
+    if bn.group is None and (bn.training or bn.running_mean is None) and values_per_channel(shape) == 1:
         # PyTorch's own words, so that code which catches them goes on working.
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
@@ -336,7 +346,7 @@ def check_unit(
         counts.append(values_per_channel(shape))
         spec, shape = _check_convolution(x, shape, conv, prefix and f"{prefix}conv.")
         batch_stats = bn.training or bn.running_mean is None
-        constants.append(Site(spec, bn.eps, batch_stats))
+        constants.append(Site(spec, bn.eps, batch_stats, bn.group))
     projection_spec = None
     if projection is not None:
         projection_spec, projected = _check_convolution(x, tuple(x[0]), projection, "projection.")
@@ -347,7 +357,7 @@ def check_unit(
         _check_same_kind("residual", residual, x)
         _check_added("residual", residual[0], shape)
     unit = Unit(tuple(constants), projection_spec, identity, return_statistics)
-    return _Plan(unit, tuple(counts), {})
+    return _Plan(unit, tuple(counts), None if any(site.group for site in constants) else {})
 
 
 def check_head(x: Kind, bn: NormKind) -> None:

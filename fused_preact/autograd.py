@@ -17,7 +17,16 @@ from torch import Tensor
 
 from . import composite, ops
 from .arguments import BatchNorm, Convolution
-from .schedule import SiteSaved, SiteTensors, Unit, UnitNeeds, unit_backward, unit_forward
+from .collective import Group, merged, summed
+from .schedule import (
+    SiteSaved,
+    SiteTensors,
+    Unit,
+    UnitNeeds,
+    unit_backward,
+    unit_forward,
+    values_per_channel,
+)
 
 __all__ = ["HeadFunction", "UnitFunction"]
 
@@ -30,7 +39,8 @@ class UnitFunction(torch.autograd.Function):
 
     Tensor arguments, in order: ``x``; ``residual``; the projection's weight and bias; then per site gamma,
     beta, W, bias; then per site mean and var (None where they are made here). Returns y;
-    with ``unit.output_stats`` the mean and variance of y; then those of every site whose statistics were made here.
+    with ``unit.output_stats`` the mean and variance of y; then those of every site whose statistics were made here,
+    with the number of their values where they were merged over a process group.
     Only y carries a gradient. ``memo`` is what :func:`ops.run` takes; ``update`` is called with what is returned
     beside y before anything is saved for backward.
     """
@@ -48,7 +58,7 @@ class UnitFunction(torch.autograd.Function):
         x = tensors[0]
         assert x is not None
         y, *rest = ops.run(ops.table(backend, x), memo, "forward", _forward, unit, tensors)
-        kept = 6 * count + 1
+        kept = 7 * count + 1
         made = rest[kept:]
         if update is not None:
             update(made)  # type: ignore[arg-type]
@@ -94,12 +104,12 @@ def _differentiable(
     assert x is not None
     sites, inputs = [], [x, None, projection_weight, projection_bias]
     for index, (site, gamma, beta, bias) in enumerate(zip(unit.sites, gammas, betas, biases, strict=True)):
-        mean, _, _, rstd, weight = rest[6 * index : 6 * index + 5]
+        mean, _, _, rstd, _, weight = rest[7 * index : 7 * index + 6]
         assert mean is not None
         assert rstd is not None
         assert weight is not None
         running = (None, None) if site.batch_stats else (mean, rstd.pow(-2) - site.eps)
-        bn = BatchNorm(gamma, beta, running[0], running[1], None, site.batch_stats, 0.0, site.eps)
+        bn = BatchNorm(gamma, beta, running[0], running[1], None, site.batch_stats, 0.0, site.eps, site.group)
         sites.append((bn, Convolution(weight, bias, *site.conv)))
         inputs += [gamma, beta, weight, bias]
     projection = None
@@ -123,8 +133,8 @@ def _gradients(
 
 
 def _forward(k: Any, unit: Unit, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """y; what backward needs: the projection's weight and of each site x, mean, scale, shift, rstd and W; then what
-    is returned beside y.
+    """y; what backward needs: the projection's weight and of each site x, mean, scale, shift, rstd, total and W;
+    then what is returned beside y.
     """
     count = len(unit.sites)
     x, residual, projection_weight, projection_bias = tensors[:4]
@@ -138,8 +148,11 @@ def _forward(k: Any, unit: Unit, tensors: Sequence[Tensor | None]) -> list[Tenso
     for saved, site in zip(result.saved, sites, strict=True):
         found += (*saved, site.weight)
     found += result.output_stats if unit.output_stats else ()
-    for pair, was in zip(result.statistics, given, strict=True):
-        found += pair if was is None else ()
+    for pair, saved, was in zip(result.statistics, result.saved, given, strict=True):
+        if saved.total is not None:
+            found += (*pair, saved.total)
+        elif was is None:
+            found += pair
     return found
 
 
@@ -149,17 +162,17 @@ def _backward(k: Any, constants: Any, tensors: Sequence[Tensor | None]) -> list[
     count = len(unit.sites)
     dy, projection_weight, *kept = tensors
     assert dy is not None
-    saved = [SiteSaved(*kept[i : i + 5]) for i in range(0, 6 * count, 6)]  # type: ignore[arg-type]
+    saved = [SiteSaved(*kept[i : i + 6]) for i in range(0, 7 * count, 7)]  # type: ignore[arg-type]
     needs = UnitNeeds(asked[0], [asked[i : i + 4] for i in range(4, 4 + 4 * count, 4)], asked[2:4])
-    grads = unit_backward(k, unit, saved, kept[5::6], dtypes, projection_weight, dy, needs)  # type: ignore[arg-type]
+    grads = unit_backward(k, unit, saved, kept[6::7], dtypes, projection_weight, dy, needs)  # type: ignore[arg-type]
     return [grads.x, dy if asked[1] else None, *grads.projection, *(g for site in grads.sites for g in site)]
 
 
 class HeadFunction(torch.autograd.Function):
     """BN -> ReLU -> global average pool, [N,C,H,W] -> [N,C].
 
-    With the given statistics, or those of the batch, which are then returned too; ``update`` as in
-    :class:`UnitFunction`.
+    With the given statistics, or those of the batch, which are then returned too; with ``group`` both are merged with
+    those of the other ranks, and returned with the number of their values. ``update`` as in :class:`UnitFunction`.
     """
 
     @staticmethod
@@ -167,6 +180,7 @@ class HeadFunction(torch.autograd.Function):
         ctx: Any,
         eps: float,
         batch_stats: bool,
+        group: Group | None,
         backend: str,
         update: Update,
         x: Tensor,
@@ -177,25 +191,30 @@ class HeadFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         k = ops.table(backend, x)
         made: tuple[Tensor, ...] = ()
+        total = None
         if mean is None or var is None:
             made = mean, var = k.bn_stats(x)
-            ctx.mark_non_differentiable(*made)
+        if group is not None:
+            made = mean, var, total = merged(mean, var, values_per_channel(x.shape), eps, group)
+        ctx.mark_non_differentiable(*made)
         if update is not None:
             update(made)
         scale, shift, rstd = k.bn_scale_shift(mean, var, gamma, beta, eps)
-        ctx.batch_stats, ctx.backend, ctx.eps = batch_stats, backend, eps
-        ctx.save_for_backward(x, mean, scale, shift, rstd, gamma, beta)
+        ctx.batch_stats, ctx.backend, ctx.eps, ctx.group = batch_stats, backend, eps, group
+        ctx.save_for_backward(x, mean, scale, shift, rstd, total, gamma, beta)
         return k.bn_relu_avg_pool(x, scale, shift), *made
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *unused: None) -> Any:
-        x, mean, scale, shift, rstd, gamma, beta = ctx.saved_tensors
-        asked = ctx.needs_input_grad[4:7]
+        x, mean, scale, shift, rstd, total, gamma, beta = ctx.saved_tensors
+        asked = ctx.needs_input_grad[5:8]
         if torch.is_grad_enabled():  # create_graph=True
             running = (None, None) if ctx.batch_stats else (mean, rstd.pow(-2) - ctx.eps)
-            bn = BatchNorm(gamma, beta, running[0], running[1], None, ctx.batch_stats, 0.0, ctx.eps)
+            bn = BatchNorm(
+                gamma, beta, running[0], running[1], None, ctx.batch_stats, 0.0, ctx.eps, ctx.group
+            )
             grads = _gradients(composite.bn_relu_avg_pool(x, bn), (x, gamma, beta), dy, asked)
-            return (None, None, None, None, *grads, None, None)
+            return (None, None, None, None, None, *grads, None, None)
         k = ops.table(ctx.backend, x)
         need_x, need_gamma, need_beta = asked
         sum_g, sum_gx = k.bn_relu_avg_pool_reduce(dy, x, scale, shift, mean)
@@ -203,8 +222,10 @@ class HeadFunction(torch.autograd.Function):
         dbeta = sum_g.to(beta.dtype) if need_beta else None
         dx = None
         if need_x:
+            if ctx.group is not None:
+                sum_g, sum_gx = summed(sum_g, sum_gx, values_per_channel(x.shape), total, ctx.group)
             dx = k.bn_relu_avg_pool_apply(dy, x, scale, shift, mean, rstd, sum_g, sum_gx, ctx.batch_stats)
-        return (None, None, None, None, dx, dgamma, dbeta, None, None)
+        return (None, None, None, None, None, dx, dgamma, dbeta, None, None)
 
 
 def _pair(mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor] | None:

@@ -35,6 +35,8 @@ _CALL = nn.Module.__call__
 _CALL_IMPL = nn.Module._call_impl
 _BATCH_NORM = nn.BatchNorm2d.forward
 _CHECK = nn.BatchNorm2d._check_input_dim
+_SYNC_BATCH_NORM = nn.SyncBatchNorm.forward
+_SYNC_CHECKS = nn.SyncBatchNorm._check_input_dim, nn.SyncBatchNorm._check_non_zero_input_channels
 _CONVOLUTION = nn.Conv2d.forward
 _CONVOLVE = nn.Conv2d._conv_forward
 
@@ -123,7 +125,18 @@ def runs(module: nn.Module, forward: Callable[..., Any]) -> bool:
 
 
 def is_batch_norm(module: Any) -> bool:
-    """Whether ``module`` runs exactly ``nn.BatchNorm2d.forward``, hooks apart. A subclass may."""
+    """Whether ``module`` runs exactly the forward of ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm``, hooks apart.
+
+    A subclass may.
+    """
+    if isinstance(module, nn.SyncBatchNorm):
+        held, cls = module.__dict__, type(module)
+        return (
+            runs(module, _SYNC_BATCH_NORM)
+            and "_check_input_dim" not in held
+            and "_check_non_zero_input_channels" not in held
+            and (cls._check_input_dim, cls._check_non_zero_input_channels) == _SYNC_CHECKS
+        )
     return (
         isinstance(module, nn.BatchNorm2d)
         and runs(module, _BATCH_NORM)

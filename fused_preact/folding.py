@@ -104,11 +104,12 @@ def foldable(unit: UnitArguments) -> bool:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether ``module`` is a BatchNorm2d or a Conv2d, no subclass (a parametrised one is) and nothing replaced.
+    """Whether ``module`` is a BatchNorm2d, a SyncBatchNorm (the same in eval mode) or a Conv2d.
 
-    Nor may a tensor be a plain attribute: it is not among the parameters and buffers that are looked at for writes.
+    No subclass (a parametrised one is), and nothing replaced. Nor may a tensor be a plain attribute: it is not among
+    the parameters and buffers that are looked at for writes.
     """
-    if type(module) is nn.BatchNorm2d:
+    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
         plain = is_batch_norm(module)
     else:
         plain = type(module) is nn.Conv2d and is_convolution(module)

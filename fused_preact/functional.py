@@ -137,12 +137,11 @@ def bn_relu_avg_pool2d(input: Tensor, bn: BatchNorm, statistics: Statistics | No
     values = values_per_channel(input.shape)
 
     def update(made: Sequence[Tensor]) -> None:
-        mean, var = given or made
-        _update_running_statistics([(bn, mean, var, values)], backend)
+        _update_running_statistics([_updated(bn, made or given, values)], backend)
 
     early = None if torch.compiler.is_compiling() else update
     out, *made = HeadFunction.apply(
-        bn.eps, bn.batch_stats, backend, early, input, bn.weight, bn.bias, *(given or (None, None))
+        bn.eps, bn.batch_stats, bn.group, backend, early, input, bn.weight, bn.bias, *(given or (None, None))
     )
     if early is None:
         update(made)
@@ -191,10 +190,12 @@ def _unit(
         computed = iter(made[handed_on:])
         updates = []
         for index, (bn, _) in enumerate(sites):
-            mean, var = given[2 * index], given[2 * index + 1]
-            if mean is None or var is None:
-                mean, var = next(computed), next(computed)
-            updates.append((bn, mean, var, plan.counts[index]))
+            statistics = given[2 * index : 2 * index + 2]
+            if bn.group is not None:
+                statistics = [next(computed) for _ in range(3)]
+            elif statistics[0] is None:
+                statistics = [next(computed), next(computed)]
+            updates.append(_updated(bn, statistics, plan.counts[index]))
         _update_running_statistics(updates, backend, memo)
 
     # As soon as the statistics are there: what follows, saving for backward, ends the recomputation of
@@ -237,6 +238,21 @@ def _first_statistics(
     if statistics.mean.requires_grad or statistics.var.requires_grad:
         return statistics.mean.detach(), statistics.var.detach()
     return statistics
+
+
+def _updated(bn: BatchNorm, statistics: Any, values: int) -> tuple[BatchNorm, Tensor, Tensor, int]:
+    """What :func:`_update_running_statistics` takes of a BN that normalised with ``statistics``.
+
+    Those of a process group come with the number of their values, which only the device knows.
+    """
+    mean, var, *totals = statistics
+    if totals and bn.training and bn.running_mean is not None and bn.running_var is not None:
+        total = totals[0]
+        # The unbiased variance already, said to be that of one value. Where no rank has any, nothing changes.
+        mean = torch.where(total > 0, mean, bn.running_mean)
+        var = torch.where(total > 0, var * (total / (total - 1).clamp_min(1)), bn.running_var)
+        values = 1
+    return bn, mean, var, values
 
 
 def _update_running_statistics(

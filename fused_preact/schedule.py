@@ -9,14 +9,20 @@ before it is the masked g, and that site applies the BN gradient on load. Only a
 gradient applied and stored, with the identity's gradient added. Kept between forward and backward are ``x``,
 the raw convolution outputs inside the unit, per-channel vectors and the parameters; nothing else has the size
 of an activation.
+
+Where a BN is synchronised, its statistics and the two sums of its backward are merged with those of the other ranks
+between two operations, on [C] vectors: no operation knows of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .collective import Group, merged, summed
 
 
 class Conv(NamedTuple):
@@ -35,6 +41,8 @@ class Site(NamedTuple):
     eps: float
     batch_stats: bool
     """Whether BN normalises with the statistics of the batch (training) or with given, constant ones."""
+    group: Group | None = None
+    """Whose batch that is: this process' alone, or that of a group of them together."""
 
 
 class Unit(NamedTuple):
@@ -63,6 +71,8 @@ class SiteSaved(NamedTuple):
     scale: Tensor
     shift: Tensor
     rstd: Tensor
+    total: Tensor | None = None
+    """[1]: over how many values a channel all ranks have together, of a synchronised BN."""
 
 
 class UnitResult(NamedTuple):
@@ -87,7 +97,8 @@ def unit_forward(
     """Run the sites one after the other and add the shortcut in the last epilogue.
 
     ``statistics`` holds (mean, var) per site: those of ``x`` for the first, the running ones for a site in
-    eval mode, None for a site that takes them from the epilogue before it, or, the first, computes them.
+    eval mode, None for a site that takes them from the epilogue before it, or, the first, computes them. Given,
+    made and returned ones are of this process' own batch; a synchronised site merges them.
     """
     h = x
     # Nobody handed them on: one read of x.
@@ -99,15 +110,18 @@ def unit_forward(
         normalised_with = statistics[index] or produced
         assert normalised_with is not None, "a convolution makes the statistics that the next site asks for"
         mean, var = normalised_with
+        total = None
+        if site.group is not None:
+            mean, var, total = merged(mean, var, values_per_channel(h.shape), site.eps, site.group)
         if vectors is None:
             vectors = k.bn_scale_shift(mean, var, tensors.gamma, tensors.beta, site.eps)
         scale, shift, rstd = vectors
         used.append((mean, var))
-        saved.append(SiteSaved(h, mean, scale, shift, rstd))
+        saved.append(SiteSaved(h, mean, scale, shift, rstd, total))
 
         if index + 1 < len(unit.sites):
             following, its = unit.sites[index + 1], sites[index + 1]
-            if following.batch_stats:
+            if following.batch_stats and following.group is None:
                 h, new_mean, new_var, *made = k.conv_fprop_bn(
                     h,
                     scale,
@@ -121,8 +135,11 @@ def unit_forward(
                 )
                 produced, vectors = (new_mean, new_var), (made[0], made[1], made[2])
             else:
-                h, _, _ = k.conv_fprop(h, scale, shift, tensors.weight, tensors.bias, None, *site.conv, False)
-                vectors = None
+                reduces = following.batch_stats
+                h, new_mean, new_var = k.conv_fprop(
+                    h, scale, shift, tensors.weight, tensors.bias, None, *site.conv, reduces
+                )
+                produced, vectors = (new_mean, new_var), None
             continue
         added = x if unit.identity else residual
         if projection is not None and unit.projection is not None:
@@ -204,7 +221,8 @@ def unit_backward(
         if index == 0 and projection is not None and unit.projection is not None:
             # Two users of one activation: their gradients meet before the ReLU's mask.
             da, _, _ = k.conv_dgrad(dy, projection, s.x, None, None, None, None, *unit.projection)
-        apply = index == 0 and need_input
+        # The sums of the other ranks are needed before a synchronised BN's gradient can be applied.
+        apply = index == 0 and need_input and site.group is None
         grad, sum_g, sum_gx, dweight, dgamma = k.conv_backward(
             grad,
             pending,
@@ -227,9 +245,12 @@ def unit_backward(
             grads[index][1] = _as(sum_g, beta_dtype)
         if not need_input:
             break
+        if site.group is not None:
+            assert s.total is not None
+            sum_g, sum_gx = summed(sum_g, sum_gx, values_per_channel(s.x.shape), s.total, site.group)
         pending = [s.x, s.mean, s.scale, s.rstd, *([sum_g, sum_gx] if site.batch_stats else [])]
-        if apply:
-            dx = grad
+        if index == 0:
+            dx = grad if apply else _applied(k, grad, pending, dy if unit.identity else None)
     return UnitGrads(dx, grads, dprojection)
 
 
@@ -238,9 +259,14 @@ def _as(vector: Tensor, dtype: torch.dtype) -> Tensor:
     return vector if vector.dtype == dtype else vector.to(dtype)
 
 
-def _applied(k: Any, g: Tensor, pending: list[Tensor]) -> Tensor:
+def _applied(k: Any, g: Tensor, pending: list[Tensor], residual_grad: Tensor | None = None) -> Tensor:
     """The gradient that ``g`` and ``pending`` (see :func:`reference.conv_backward`) stand for."""
     x, mean, scale, rstd, *sums = pending
     sum_g, sum_gx = sums or (mean, mean)
-    dx: Tensor = k.bn_backward_apply(g, x, mean, scale, rstd, sum_g, sum_gx, bool(sums), None)
+    dx: Tensor = k.bn_backward_apply(g, x, mean, scale, rstd, sum_g, sum_gx, bool(sums), residual_grad)
     return dx
+
+
+def values_per_channel(shape: Sequence[int]) -> int:
+    """N H W of an image's shape."""
+    return shape[0] * shape[2] * shape[3]

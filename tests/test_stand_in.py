@@ -240,6 +240,12 @@ def _set(**attributes: Any) -> Change:
     return change
 
 
+def _shadowed(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitStack) -> None:
+    """An attribute of the instance before the parameter of its name."""
+    child: Any = getattr(owner, name)
+    child.__dict__["weight"] = 2 * child.weight.detach()
+
+
 def _parametrised(owner: nn.Module, name: str, heard: Heard, stack: contextlib.ExitStack) -> None:
     torch.nn.utils.parametrizations.weight_norm(getattr(owner, name))
 
@@ -294,6 +300,7 @@ NORM: dict[str, Change] = {
     "call-overridden": _put(lambda bn, heard: _like(bn, _Called)),
 }
 NORM_FUSED: dict[str, Change] = {
+    "shadowed": _shadowed,
     "subclass": _put(lambda bn, heard: _like(bn, _Renamed)),
     "lazy": _put(lambda bn, heard: nn.LazyBatchNorm2d()),  # fused from the second call on
     "not-tracking": _set(track_running_stats=False),
@@ -319,6 +326,7 @@ CONV: dict[str, Change] = {
     "pruned": _pruned,
 }
 CONV_FUSED: dict[str, Change] = {
+    "shadowed": _shadowed,
     "subclass": _put(lambda conv, heard: _conv_like(conv, _SameConv)),
     "property": _put(lambda conv, heard: _conv_like(conv, _Property)),
     "weight-norm": _parametrised,
@@ -617,6 +625,15 @@ def test_global_hooks_hear_every_module(mode: str) -> None:
         found.append(heard)
     assert found[0] == found[1]
     assert len(found[0]) == len(names)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_a_missing_weight_is_an_attribute_error(fused: bool) -> None:
+    for child in ("bn", "conv"):
+        site = PreActConv2d(6, 6, 3, fused=fused)
+        del getattr(site, child).weight
+        with pytest.raises(AttributeError, match="weight"):
+            site(torch.randn(2, 6, 5, 5))
 
 
 # --- transforms and tracers ---------------------------------------------------------------------------------------
