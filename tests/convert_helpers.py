@@ -135,8 +135,8 @@ def assert_same_step(
 ) -> None:
     """Both models compute the same, forward and backward, and update the same buffers."""
     for number in range(steps):
-        expected = step(plain, inputs, lr, number)
-        actual = step(fused, inputs, lr, number)
+        expected = step(plain, inputs, lr, number + 1)
+        actual = step(fused, inputs, lr, number + 1)
         assert list(actual) == list(expected)
         for name, tensor in expected.items():
             assert_close(f"step {number}: {name}", actual[name], tensor)
@@ -148,6 +148,8 @@ def assert_same_step(
 class Block(nn.Module):
     """A pre-activation unit of two sites, with a projection where the shape changes."""
 
+    scale = 1.0
+
     def __init__(self, channels: int, width: int, stride: int = 1, p: float = 0.0) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels)
@@ -158,7 +160,6 @@ class Block(nn.Module):
         self.shortcut: nn.Module | None = None
         if stride != 1 or channels != width:
             self.shortcut = nn.Conv2d(channels, width, 1, stride, bias=False)
-        self.scale = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))

@@ -14,6 +14,7 @@ from convert_helpers import (
     Block,
     assert_close,
     assert_same,
+    assert_same_step,
     awkward,
     counts,
     image,
@@ -303,6 +304,24 @@ def test_a_change_taken_back() -> None:
     assert counts(model, image()) == (4, 2, 1)
     del model.layer[0].bn1.forward
     assert counts(model, image()) == ALL
+
+
+def test_a_parameter_that_comes_and_goes() -> None:
+    class Gained(Block):
+        gain: nn.Parameter | None
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y if self.gain is None else y * self.gain
+
+    model = awkward(Gained(6, 6))
+    model.gain = nn.Parameter(torch.full((1,), 3.0, dtype=torch.float64))
+    plain, model = pair(model)
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    for gain in (model.gain, None, model.gain):
+        for m in (plain, model):
+            m.gain = None if gain is None else nn.Parameter(gain.detach() + 1)
+        assert_same_step(plain, model, x)
 
 
 def test_patched_class(monkeypatch: pytest.MonkeyPatch) -> None:

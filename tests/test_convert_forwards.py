@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from convert_helpers import (
+    Block,
     assert_close,
     assert_same_step,
     awkward,
@@ -212,6 +213,11 @@ def _no_grad(self: Any, x: Tensor) -> Tensor:
     return self.conv(a)
 
 
+def _saved_elsewhere(self: Any, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return self.site(x)
+
+
 def _no_autocast(self: Any, x: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         return self.site(x)
@@ -237,6 +243,11 @@ def _kept_activation(self: Any, x: Tensor) -> Any:
 def _kept_norm(self: Any, x: Tensor) -> Any:
     z = self.bn(x)
     return self.conv(F.relu(z)), z
+
+
+def _two_readers(self: Any, x: Tensor) -> Tensor:
+    a = F.relu(self.bn(x))
+    return torch.cat([self.conv(a), self.conv2(a)], 1)
 
 
 def _three_readers(self: Any, x: Tensor) -> Tensor:
@@ -273,12 +284,14 @@ FORWARDS: dict[str, tuple[Callable[..., Any], tuple[int, int] | None]] = {
     "asks for a tensor": (_asks, (0, 0)),
     "asks for a shape": (_shapes, (0, 0)),
     "no_grad inside": (_no_grad, (0, 0)),
+    "what is saved goes elsewhere": (_saved_elsewhere, (0, 0)),
     "autocast inside": (_no_autocast, (1, 0)),
     "asks whether gradients are wanted": (_asks_for_grad, (1, 0)),
     "detached": (_detached, (1, 1)),
     "other norms": (_norm_of_lines, None),
     "activation returned": (_kept_activation, (0, 0)),
     "norm returned": (_kept_norm, (0, 0)),
+    "two readers": (_two_readers, (2, 0)),
     "three readers": (_three_readers, (0, 0)),
 }
 
@@ -288,6 +301,7 @@ FORWARDS: dict[str, tuple[Callable[..., Any], tuple[int, int] | None]] = {
 @pytest.mark.parametrize("name", FORWARDS)
 def test_forwards(name: str, training: bool) -> None:
     forward, expected = FORWARDS[name]
+    random.seed(1)  # the first draw takes the branch with the site
     plain, model = pair(probe(forward).train(training))
     x = four()
     refused = raises(copy.deepcopy(plain), x)  # then the values alone are compared, below
@@ -329,6 +343,8 @@ def _optional(
     y = self.site(x)
     if residual is not None:
         y = y + residual
+    if scale is True:
+        y = y + 5
     return (-y if negate else y) * scale
 
 
@@ -452,17 +468,26 @@ def test_input_written_afterwards() -> None:
 
 def test_a_static_input_that_numpy_writes_to() -> None:
     """Several convolutions share the statistics of x, for one call only."""
-    plain, model = pair(
-        probe(lambda self, x: self.conv(F.relu(self.bn(x))) + self.conv2(F.relu(self.bn2(x))))
-    )
-    shared = probe(_three_readers)
-    twin = fuse(copy.deepcopy(shared))
+    plain, model = pair(probe(_two_readers))
     x = four()
-    for m, p in ((model, plain), (twin, shared)):
-        for _ in range(2):
-            x.numpy()[...] = torch.randn(2, 4, 5, 5).numpy()
-            assert_close("output", m(x), p(x))
+    for _ in range(2):
+        x.numpy()[...] = torch.randn(2, 4, 5, 5).numpy()
+        assert_close("output", model(x), plain(x))
     assert not x.__dict__
+
+
+class Between(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self[0](x)
+        x.mul_(3).add_(1)
+        return self[1](x)
+
+
+def test_what_a_unit_makes_is_written_to_before_the_next() -> None:
+    """Its statistics came with it, and are no longer its own."""
+    plain, model = pair(awkward(Between(Block(4, 4), Block(4, 4))))
+    assert_same_step(plain, model, four())
+    assert counts(model, four()) == (4, 2, 0)
 
 
 def test_autocast_with_a_float32_shortcut() -> None:

@@ -461,6 +461,33 @@ def test_threads() -> None:
     assert counts(model, inputs[0]) == ALL
 
 
+def test_another_thread_runs_a_model_while_one_is_traced() -> None:
+    other, x = net().eval(), image()
+    results: list[Any] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                results.append(other(x))
+        except Exception as error:
+            results.append(error)
+
+    class Meeting(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            return super().forward(x)
+
+    expected = other(x)
+    model = fuse(awkward(Meeting(6, 6)))
+    model(torch.randn(2, 6, 5, 5, dtype=torch.float64))
+    assert results
+    for result in results:
+        assert isinstance(result, Tensor), result
+        assert_close("output", result, expected)
+
+
 def test_averaged_model() -> None:
     plain, model = pair(net())
     averages = [AveragedModel(m, use_buffers=True) for m in (plain, model)]
