@@ -141,7 +141,10 @@ def test_a_peer_replaces_operators_only_inside_its_blocks() -> None:
         "FlagGems",
     ]
     ours = peers.training(Setting("step", [], 2, "bf16", "cuda", ["fused"], 1, 1))
-    assert [(p.name, p.ours) for p in ours] == [(peers.BASE, False), ("fused", True), ("fused graph", True)]
+    assert [(p.name, p.ours) for p in ours] == [
+        (peers.BASE, False),
+        *((name, True) for name in ("fused", "fused by conversion", "fused graph")),
+    ]
 
 
 def test_frozen_peer_compiles_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("compile")  # one worker compiles for all of them
 ROOT = Path(__file__).parents[1]
 
 

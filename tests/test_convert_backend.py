@@ -75,9 +75,18 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
         assert float((found[name] - tensor).abs().max()) <= tolerance * scale, name
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "door", "training"),
+    [
+        pytest.param(name, door, training, id=f"{name}-{door}-{'train' if training else 'eval'}")
+        for name in NAMES
+        for door in DOORS
+        for training in (True, False)
+        # What fuse writes has been matched without Dynamo: a unit, lists of tensors and functions are enough here.
+        if door == "backend"
+        or (training and name in ("kuangliu_18", "functional_wide_resnet", "densenet_cifar"))
+    ],
+)
 def test_definitions(name: str, door: str, training: bool, sites: list[int]) -> None:
     """No graph break, the numbers of the plain model in float64 over two steps, and the sites are fused."""
     definition = DEFINITIONS[name]
