@@ -270,6 +270,17 @@ def refused_by(monkeypatch: pytest.MonkeyPatch, model: nn.Module, wrong: Any, na
     return refused(model, image(), RuntimeError, named)
 
 
+def test_a_refused_second_conversion_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is as it was: fused where it had been."""
+    model = fuse(small())
+    before = {m: m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__}
+    assert before
+    plant(monkeypatch, updates_twice)
+    with pytest.raises(RuntimeError):
+        fuse(model, image())
+    assert {m: m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__} == before
+
+
 def test_a_counter_that_runs_on_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(unit: Call) -> Call:
         def run(x: Tensor, sites: Any, *rest: Any) -> Any:

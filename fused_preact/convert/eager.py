@@ -166,6 +166,7 @@ def fuse(model: Model, example_input: Any = None) -> Model:
                 raise ValueError(
                     f"model: got the uninitialised {kind} {name!r}, allowed is a model that has run once"
                 )
+    before = [(m, m.__dict__["forward"]) for m in model.modules() if _is_fused(m)]
     unfuse(model)
     owners: dict[str, set[str]] = {}
     with modes(model) as every:
@@ -186,10 +187,18 @@ def fuse(model: Model, example_input: Any = None) -> Model:
         for module in (model.get_submodule(path),)
     ]
     if example_input is not None:
-        verify(model, fused, example_input)
-    for module, forward in fused:
-        module.forward = forward
+        try:
+            verify(model, fused, example_input)
+        except BaseException:
+            _hang(before)
+            raise
+    _hang(fused)
     return model
+
+
+def _hang(forwards: list[tuple[nn.Module, Any]]) -> None:
+    for module, forward in forwards:
+        module.forward = forward
 
 
 def unfuse(model: Model) -> Model:
@@ -197,9 +206,13 @@ def unfuse(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, allowed is a torch.nn.Module")
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), FusedForward):
+        if _is_fused(module):
             del module.__dict__["forward"]
     return model
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), FusedForward)
 
 
 def _has_own(model: nn.Module) -> bool:
