@@ -18,11 +18,11 @@ from train_helpers import CONFIG, interrupt_after, rows_of, start, temporaries, 
 
 from fused_preact import models
 from fused_preact.train import checkpoint, cli, console, run
-from fused_preact.train.config import RECIPES
 from fused_preact.train.data import DataSet
 from fused_preact.train.log import COLUMNS, Log, metrics_csv
 from fused_preact.train.loop import Trainer
 from fused_preact.train.measure import compare_steps
+from fused_preact.train.recipes import RECIPES
 from fused_preact.train.report import summary, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")

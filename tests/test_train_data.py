@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from fused_preact.train import cifar
-from fused_preact.train.config import RECIPES
-from fused_preact.train.data import Batches, Split, augment, load, normalise
+from fused_preact.train.data import Batches, Split, augment, cifar, load, normalise, plain_batches
+from fused_preact.train.recipes import RECIPES
 
 TINY = {
     "cifar10": replace(
@@ -257,7 +256,7 @@ def test_augment_equals_flip_pad_crop_one_by_one() -> None:
 
 def test_padding_is_the_mean_colour() -> None:
     """Zeros go in after normalisation: where the crop leaves the image, the value is 0 and not -mean/std."""
-    recipe = RECIPES["cifar10"]
+    recipe = RECIPES["cifar10-resnet20-torch"]
     images = normalise(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8), recipe)
     corner = augment(images, 4, torch.tensor([[0, 0]]), None)
     assert torch.equal(corner[0, :, :4], torch.zeros(3, 4, 32))
@@ -265,21 +264,94 @@ def test_padding_is_the_mean_colour() -> None:
     torch.testing.assert_close(corner[0, :, 4, 4], expected)
 
 
-def test_batches_cover_the_split_and_follow_their_generator() -> None:
+def some(images: int, channels: int = 1, size: int = 8) -> Split:
+    """Images of random bytes; the label of each is its number."""
+    torch.manual_seed(images)
+    bytes_ = torch.randint(0, 256, (images, channels, size, size), dtype=torch.uint8)
+    return Split(bytes_, torch.arange(images), images)
+
+
+def test_batches_cover_the_split_and_follow_seed_and_epoch() -> None:
     recipe = replace(RECIPES["digits"], batch_size=4)
-    split = Split(torch.randint(0, 17, (10, 1, 8, 8), dtype=torch.uint8), torch.arange(10))
-    batches = Batches(split, recipe, seed=3)
-    first = [labels for _, labels in batches.epoch()]
+    batches = Batches(some(10), recipe, seed=3)
+    first = [labels for _, labels in batches.epoch(0)]
     assert [len(labels) for labels in first] == [4, 4, 2]
-    assert len(batches) == 3
+    assert [batches.count(step) for step in range(len(batches))] == [4, 4, 2]
     assert sorted(torch.cat(first).tolist()) == list(range(10))
-    state = batches.generator.get_state()
-    second = [images for images, _ in batches.epoch()]
-    batches.generator.set_state(state)
-    for a, b in zip(second, batches.epoch(), strict=True):
-        assert torch.equal(a, b[0])
-    other = [labels for _, labels in Batches(split, recipe, seed=4).epoch()]
-    assert not torch.equal(torch.cat(first), torch.cat(other))
+    for other in (Batches(some(10), recipe, seed=4).epoch(0), batches.epoch(1)):
+        assert not torch.equal(torch.cat(first), torch.cat([labels for _, labels in other]))
+
+
+EVERYTHING = replace(
+    RECIPES["cifar10-resnet20-torch"], batch_size=8, mixup=0.4, cutmix=1.0, mixup_prob=0.7, smoothing=0.1
+)
+
+
+@pytest.mark.parametrize("images", [37, 40, 44, 45])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_all_ranks_together_see_what_one_process_sees(images: int, mixes: bool) -> None:
+    recipe = EVERYTHING if mixes else replace(EVERYTHING, mixup=0.0, cutmix=0.0)
+    split = some(images, 3, 6)
+    for epoch in (0, 1):
+        whole = list(Batches(split, recipe, seed=5).epoch(epoch))
+        for world in (2, 4):
+            ranks = [Batches(split, recipe, seed=5, rank=rank, world=world) for rank in range(world)]
+            parts = list(zip(*(rank.epoch(epoch) for rank in ranks), strict=True))
+            # Only a last batch of fewer than two images for each rank is left out.
+            assert len(whole) - len(parts) == (0 < images % 8 < 2 * world)
+            for step, (one, several) in enumerate(zip(whole, parts, strict=False)):
+                assert ranks[0].count(step) == len(one[1])
+                sizes = [len(labels) for _, labels in several]
+                assert max(sizes) - min(sizes) <= (2 if mixes else 1)
+                assert min(sizes) >= 1
+                for found, expected in zip(map(torch.cat, zip(*several, strict=True)), one, strict=True):
+                    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 5])
+def test_an_epoch_can_be_entered_anywhere(start: int) -> None:
+    batches = Batches(some(37, 3, 6), EVERYTHING, seed=5)
+    whole, rest = list(batches.epoch(3)), list(batches.epoch(3, start))
+    assert len(rest) == len(whole) - start
+    for (images, labels), (expected, targets) in zip(rest, whole[start:], strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, targets)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world", "mixup", "said"),
+    [
+        (64, 3, 0.0, "batch_size=64, world=3: .*multiples of 3 from 6"),
+        (4, 4, 0.0, "batch_size=4, world=4: .*at least 2 images"),
+        (66, 2, 0.4, "batch_size=66, world=2: .*in pairs for mixup and cutmix.*multiples of 4 from 4"),
+    ],
+)
+def test_a_world_that_does_not_divide_the_batch(batch_size: int, world: int, mixup: float, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Batches(some(99), replace(RECIPES["digits"], batch_size=batch_size, mixup=mixup), 0, world=world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("images", [1, 9, 12, 13])
+def test_evaluation_takes_every_image_once_on_any_number_of_ranks(images: int, world: int) -> None:
+    recipe, split = replace(RECIPES["digits"], batch_size=4), some(images)
+    ranks = [list(plain_batches(split, recipe, rank=rank, world=world)) for rank in range(world)]
+    assert {len(rank) for rank in ranks} == {-(-images // 4)}, (
+        "collectives need as many batches on every rank"
+    )
+    labels = torch.cat([labels for step in zip(*ranks, strict=True) for _, labels in step])
+    assert torch.equal(labels, torch.arange(images))
+
+
+def test_the_mean_image_is_subtracted_where_the_recipe_says_so() -> None:
+    split = some(50, 3, 6)
+    split = replace(split, pixel_mean=split.mean_image())
+    recipe = replace(RECIPES["cifar10-resnet110"], batch_size=50)
+    ((images, _),) = plain_batches(split, recipe)
+    expected = split.images.double() - split.images.double().mean(0)
+    torch.testing.assert_close(images.double(), expected, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="pixel_mean=True"):
+        next(plain_batches(replace(split, pixel_mean=None), recipe))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +369,7 @@ def test_batches_cover_the_split_and_follow_their_generator() -> None:
 def test_an_image_left_over_is_left_out(images: int, batch_size: int, sizes: list[int]) -> None:
     split = Split(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), torch.arange(images))
     batches = Batches(split, replace(RECIPES["digits"], batch_size=batch_size), seed=0)
-    epochs = [[labels for _, labels in batches.epoch()] for _ in range(2)]
+    epochs = [[labels for _, labels in batches.epoch(e)] for e in range(2)]
     assert [len(labels) for labels in epochs[0]] == sizes
     assert (len(batches), batches.images) == (len(sizes), sum(sizes))
     seen = [torch.cat(epoch) for epoch in epochs]

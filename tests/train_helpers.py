@@ -14,8 +14,9 @@ import pytest
 from torch import nn
 
 import fused_preact
-from fused_preact.train.config import RECIPES, Config
+from fused_preact.train.config import Config
 from fused_preact.train.log import Log
+from fused_preact.train.recipes import RECIPES
 
 CONFIG = Config("digits", replace(RECIPES["digits"].with_epochs(4), batch_size=32))
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config
-from .data import DataSet
+from .data import DataSet, check_card
 from .log import COLUMNS, Row
 from .loop import Trainer, build_model, build_optimizer
 
-FORMAT = 1
+FORMAT = 2
 SETTINGS = {
     "params",
     "lr",
@@ -33,6 +33,7 @@ KEYS = {
     "model",
     "num_classes",
     "data",
+    "data_card",
     "epoch",
     "state",
     "optimizer",
@@ -80,11 +81,12 @@ def pack(trainer: Trainer, epoch: int, metrics: list[dict[str, float]]) -> dict[
         "model": trainer.recipe.model,
         "num_classes": trainer.data.num_classes,
         "data": trainer.data.name,
+        "data_card": trainer.data.card(),
         "epoch": epoch,
         "state": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
-        "rng": {"torch": torch.get_rng_state(), "cuda": cuda, "data": trainer.batches.generator.get_state()},
+        "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
         "metrics": metrics,
         "best_accuracy": max((row["test_acc"] for row in metrics), default=0.0),
         "last_accuracy": metrics[-1]["test_acc"] if metrics else 0.0,
@@ -163,6 +165,7 @@ def check(payload: Mapping[str, Any], config: Config, data: DataSet, model: nn.M
             raise ValueError(
                 f"checkpoint has {name}={_short(payload[name])}, this run has {name}={expected!r}"
             )
+    check_card(payload["data_card"], data)
     if model is None:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = build_model(config, data, fused=config.fused)
@@ -232,7 +235,7 @@ def _check_optimizer(found: object, expected: torch.optim.Optimizer) -> None:
 
 def _check_random_streams(found: object, device: str) -> None:
     streams = found if isinstance(found, dict) else {}
-    places = {"torch": "cpu", "data": "cpu"}
+    places = {"torch": "cpu"}
     if device.startswith("cuda") and streams.get("cuda") is not None:  # None: the run began on a CPU
         places["cuda"] = device
     for name, place in places.items():
@@ -281,7 +284,6 @@ def restore(trainer: Trainer, payload: dict[str, Any]) -> None:
     torch.set_rng_state(payload["rng"]["torch"])
     if trainer.device.type == "cuda" and payload["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(payload["rng"]["cuda"], trainer.device)
-    trainer.batches.generator.set_state(payload["rng"]["data"])
 
 
 def keep_best(path: Path, rows: Sequence[Row], payload: dict[str, Any]) -> float:

@@ -13,12 +13,18 @@ from typing import Any, NoReturn
 
 from fused_preact import _interrupt
 
-from . import console
-from .config import BACKENDS, DTYPES, RECIPES, Config, recipe_for
+from . import console, flags
+from .config import BACKENDS, DTYPES, Config
+from .recipes import DEFAULTS, RECIPES, recipe_for
 
-RECIPE_FLAGS = ("model", "batch_size", "lr", "weight_decay", "warmup_epochs", "decay_norm")
-CONFIG_FLAGS = ("data", "seed", "fused", "dtype", "deterministic", "limit_train", "limit_test")
-MACHINE_FLAGS = ("device", "backend", "graph", "data_dir")  # where a run computes: free to change on resume
+RECIPE_FLAGS = ("model", "batch_size", "lr", "weight_decay", "warmup_epochs", "decay_norm", *flags.RECIPE)
+CONFIG_FLAGS = ("seed", "fused", "dtype", "deterministic", *flags.CONFIG)
+MACHINE_FLAGS = (
+    "device",
+    "backend",
+    "graph",
+    *flags.MACHINE,
+)  # where a run computes: free to change on resume
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,18 +45,14 @@ def parser() -> argparse.ArgumentParser:
     """All flags. Those of the recipe default to None: the data set decides, or the checkpoint on resume."""
     top = _Parser(
         prog="python -m fused_preact.train",
-        description="Train a pre-activation ResNet with fused BN-ReLU-conv on scikit-learn's digits or CIFAR.",
-        epilog="Defaults follow --data. digits: "
-        + _defaults("digits")
-        + ". cifar10, cifar100: "
-        + _defaults("cifar10")
-        + ", the paper's recipe.",
+        description="Train a ResNet-v2 with fused BN-ReLU-conv on scikit-learn's digits, CIFAR or ImageNet.",
+        epilog="Defaults are those of --recipe, or of --data: "
+        + ". ".join(f"{data}: {_defaults(data)}" for data in DEFAULTS)
+        + ". docs/recipes.md has all of them.",
     )
     what = top.add_argument_group("what to train")
-    what.add_argument("--data", choices=tuple(RECIPES), help="data set (default: digits)")
-    what.add_argument(
-        "--data-dir", metavar="DIR", help="folder of the CIFAR binary archive, packed or unpacked"
-    )
+    what.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(RECIPES)} (default: see below)")
+    flags.add_data(what)
     what.add_argument(
         "--model", metavar="NAME", help="cifar_preact_resnet20, ...56, ...110, ...164, ...1001, ..."
     )
@@ -80,10 +82,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--warmup-epochs", type=float, metavar="X", help="linear warm-up")
     how.add_argument("--seed", type=int, metavar="N", help="weights and batches (default: 0)")
     how.add_argument("--bn-recalibrate", action="store_true", help="re-estimate BN statistics at the end")
-    how.add_argument(
-        "--limit-train", type=int, metavar="N", help="only the first N training images, for a trial"
-    )
-    how.add_argument("--limit-test", type=int, metavar="N", help="only the first N test images, for a trial")
+    flags.add_recipe(how)
     where = top.add_argument_group("where")
     where.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     where.add_argument("--dtype", choices=DTYPES, help="float32, or autocast to the other (default: float32)")
@@ -100,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
         const=True,
         help="only deterministic PyTorch operations, no cuDNN benchmarking",
     )
+    flags.add_loading(where)
     files = top.add_argument_group("files")
     files.add_argument(
         "--out", metavar="DIR", help="folder of the run (default: runs/<data>-<model>-seed<seed>)"
@@ -110,22 +110,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _defaults(data: str) -> str:
-    recipe = RECIPES[data]
+    recipe = RECIPES[DEFAULTS[data]]
     return (
-        f"{recipe.model}, {recipe.epochs} epochs, batch {recipe.batch_size}, lr {recipe.lr} ({recipe.schedule}), "
-        f"weight decay {recipe.weight_decay}, warm-up {recipe.warmup_epochs}"
+        f"{recipe.name}, {recipe.model}, {recipe.epochs} epochs, batch {recipe.batch_size}, lr {recipe.lr} "
+        f"({recipe.schedule}), weight decay {recipe.weight_decay}, warm-up {recipe.warmup_epochs}"
     )
 
 
 def new_config(args: argparse.Namespace) -> Config:
     """The data set's recipe with the flags given put over it."""
-    recipe = recipe_for(args.data or "digits")
+    recipe = recipe_for(args.data, args.recipe)
     if args.epochs is not None:
         if args.epochs < 1:
             raise ValueError(f"--epochs {args.epochs}: must be at least 1")
         recipe = recipe.with_epochs(args.epochs)
     recipe = replace(recipe, **_given(args, RECIPE_FLAGS))
-    config = Config(data=args.data or "digits", recipe=recipe, device=_default_device())
+    config = Config(data=recipe.data, recipe=recipe, device=_default_device())
     return replace(config, **_given(args, CONFIG_FLAGS + MACHINE_FLAGS))
 
 
@@ -135,8 +135,10 @@ def resumed_config(args: argparse.Namespace, payload: dict[str, Any]) -> Config:
     A test (``--eval``) only has to be of the same model and data.
     """
     config = Config.from_dict(payload["config"])
-    for flags, owner in ((RECIPE_FLAGS, config.recipe), (CONFIG_FLAGS, config)):
-        for name, value in _given(args, flags).items():
+    if args.recipe not in (None, config.recipe.name):
+        raise ValueError(f"recipe={args.recipe!r} was given, the checkpoint has {config.recipe.name!r}")
+    for names, owner in ((RECIPE_FLAGS, config.recipe), (CONFIG_FLAGS, config)):
+        for name, value in _given(args, names).items():
             if value != getattr(owner, name) and (args.resume or name in ("model", "data")):
                 raise ValueError(f"{name}={value!r} was given, the checkpoint has {getattr(owner, name)!r}")
     recipe = config.recipe
@@ -147,6 +149,8 @@ def resumed_config(args: argparse.Namespace, payload: dict[str, Any]) -> Config:
                 f"{recipe.schedule} schedule with {payload['epoch']} done; only a step schedule can be extended"
             )
         recipe = replace(recipe, epochs=args.epochs)  # the milestones stay where they were
+    if args.eval:
+        recipe = replace(recipe, **_given(args, flags.TEST))
     given = _given(args, CONFIG_FLAGS + MACHINE_FLAGS)
     if not given.get("device", config.device).startswith("cuda"):
         given.setdefault("graph", False)  # of the machine that the run comes from
@@ -182,7 +186,7 @@ def prepare(args: argparse.Namespace) -> tuple[Callable[[], object], Path | None
     from fused_preact import models
 
     from . import checkpoint, run
-    from .data import load
+    from .data import load_for
     from .log import Log
     from .loop import Trainer
 
@@ -199,7 +203,7 @@ def prepare(args: argparse.Namespace) -> tuple[Callable[[], object], Path | None
     run.serving_backend(config)  # raises if it is not there
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
-    data = load(config.data, config.data_dir, config.device, config.limit_train, config.limit_test)
+    data = load_for(config)
     out = Path(args.out) if args.out else run.free_folder(config)
     if args.out and (out / "last.pt").exists():
         raise FileExistsError(

@@ -1,4 +1,4 @@
-"""What a run is made of: the recipe of each data set, with the reason beside every number, and the run's options."""
+"""What a run is made of: a recipe, and the run's options."""
 
 from __future__ import annotations
 
@@ -11,23 +11,34 @@ from typing import Any, get_args, get_origin, get_type_hints
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "triton", "cpu", "reference")
 SCHEDULES = ("cosine", "step")
+DATASETS = ("digits", "cifar10", "cifar100", "imagenet")
+INTERPOLATIONS = ("bilinear", "bicubic")
+ON_BAD_IMAGE = ("skip", "error")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one data set is trained: SGD, its schedule, its augmentation.
+    """How one data set is trained: SGD, its schedule, its augmentation. ``recipes`` has them by name.
 
-    The learning rate rises linearly over ``warmup_epochs``; then it either falls as half a cosine to zero
-    (``schedule="cosine"``) or is multiplied by 0.1 at each epoch of ``milestones`` (``schedule="step"``).
-    ``mean`` and ``std`` are per channel and in the units of the stored bytes.
+    The learning rate rises linearly from ``warmup_lr`` over ``warmup_epochs``, or stays there with
+    ``warmup_constant``; then it either falls as half a cosine to zero (``schedule="cosine"``) or is multiplied by
+    0.1 at each epoch of ``milestones`` (``schedule="step"``). ``mean`` and ``std`` are per channel and in the units
+    of the stored bytes; ``pixel_mean`` subtracts the mean image of the training set instead.
+
+    Digits and CIFAR: flip, pad with ``pad`` zeros after normalisation, crop. Images of files: a crop of ``img_size``
+    pixels, either of an area in ``scale`` and an aspect in ``ratio``, resized, or of the image with its shorter side
+    resized to one of ``short_side``; then ``color_jitter`` (brightness, contrast and saturation in random order) and
+    ``lighting`` (the standard deviation of AlexNet's PCA noise). A test resizes the shorter side to ``val_img_size /
+    crop_pct`` and crops the centre, or the corners too, each mirrored, with ``ten_crop``.
     """
 
+    name: str
     model: str
     epochs: int
     batch_size: int
     lr: float
     schedule: str
-    milestones: tuple[int, ...]
+    milestones: tuple[float, ...]
     warmup_epochs: float
     momentum: float
     nesterov: bool
@@ -38,26 +49,88 @@ class Recipe:
     pad: int
     flip: bool
     compare_accuracy: bool
+    warmup_lr: float = 0.0
+    warmup_constant: bool = False
+    pixel_mean: bool = False
+    smoothing: float = 0.0
+    """Share of the label that is spread evenly over all classes."""
+    mixup: float = 0.0
+    """Alpha of the Beta distribution; 0 is off."""
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    img_size: int | None = None
+    """None for the data sets whose images all have one size."""
+    scale: tuple[float, ...] = (0.08, 1.0)
+    ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    short_side: tuple[int, ...] = ()
+    train_interpolation: str = "bicubic"
+    color_jitter: float = 0.0
+    lighting: float = 0.0
+    val_img_size: int | None = None
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    ten_crop: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2)):  # BN cannot train on one value per channel
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        for name in ("lr", "weight_decay", "warmup_epochs"):
+        for name in ("lr", "weight_decay", "warmup_epochs", "warmup_lr", "mixup", "cutmix", "lighting"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be finite and not negative")
-        for name, most in (("momentum", 1), ("pad", 32)):  # CIFAR's images are 32 wide
+        for name, most in (
+            ("momentum", 1),
+            ("pad", 32),  # CIFAR's images are 32 wide
+            ("mixup_prob", 1),
+            ("mixup_switch_prob", 1),
+            ("color_jitter", 1),
+        ):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 to {most}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r}: allowed: {', '.join(SCHEDULES)}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing={self.smoothing}: must be 0 to below 1")
+        for name, allowed in (
+            ("schedule", SCHEDULES),
+            ("train_interpolation", (*INTERPOLATIONS, "random")),
+            ("interpolation", INTERPOLATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: allowed: {', '.join(allowed)}")
         if not self.mean or len(self.mean) != len(self.std):
             raise ValueError(f"mean={self.mean}, std={self.std}: must have a number for each channel")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs}: must be at most epochs={self.epochs}")
+        self._check_views()
+
+    def _check_views(self) -> None:
+        for name in ("img_size", "val_img_size"):
+            size = getattr(self, name)
+            if size is not None and not 1 <= size <= 4096:
+                raise ValueError(f"{name}={size}: must be 1 to 4096")
+        if (self.img_size is None) != (self.val_img_size is None):
+            raise ValueError(f"img_size={self.img_size}, val_img_size={self.val_img_size}: both or neither")
+        if not 0.1 <= self.crop_pct <= 1:
+            raise ValueError(f"crop_pct={self.crop_pct}: must be 0.1 to 1")
+        for name, least, most in (("scale", 0.0, 1.0), ("ratio", 0.1, 10.0)):
+            pair = getattr(self, name)
+            if len(pair) != 2 or not least < pair[0] <= pair[1] <= most:
+                raise ValueError(f"{name}={pair}: must be two rising numbers above {least} and up to {most}")
+        sides = self.short_side
+        if sides and (len(sides) != 2 or not (self.img_size or 1) <= sides[0] <= sides[1]):
+            raise ValueError(
+                f"short_side={sides}: must be none or two rising numbers from img_size={self.img_size}"
+            )
+
+    @property
+    def data(self) -> str:
+        """The data set: what a recipe's name begins with."""
+        return self.name.partition("-")[0]
 
     def with_epochs(self, epochs: int) -> Recipe:
         """The same recipe squeezed or stretched to ``epochs``: milestones and warm-up keep their share."""
+        if epochs == self.epochs:
+            return self
         share = epochs / self.epochs
         milestones = tuple(round(milestone * share) for milestone in self.milestones)
         return replace(self, epochs=epochs, milestones=milestones, warmup_epochs=self.warmup_epochs * share)
@@ -65,63 +138,12 @@ class Recipe:
     def learning_rate(self, epoch: float) -> float:
         """The rate at a point in time, in epochs. A pure function, so a resumed run has no schedule to restore."""
         if epoch < self.warmup_epochs:
-            return self.lr * epoch / self.warmup_epochs
+            risen = 0.0 if self.warmup_constant else epoch / self.warmup_epochs
+            return self.warmup_lr + (self.lr - self.warmup_lr) * risen
         if self.schedule == "step":
             return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
         past = (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9)
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
-
-
-def _cifar(mean: tuple[float, ...], std: tuple[float, ...]) -> Recipe:
-    return Recipe(
-        model="cifar_preact_resnet20",  # the smallest; the paper's tables use 110, 164 and 1001
-        epochs=164,  # the paper's 64k iterations of 128 images are 163.8 epochs of 50,000
-        batch_size=128,  # the paper's, on 2 GPUs: its BN saw 64 images, here BN sees all 128
-        lr=0.1,  # paper
-        schedule="step",
-        milestones=(81, 122),  # the paper's 32k and 48k iterations, as the official code counts them
-        warmup_epochs=0.0,  # "not necessary for our proposed Residual Unit"; the paper's 400 steps are 1.02
-        momentum=0.9,  # paper
-        nesterov=True,  # official code; the paper does not say
-        weight_decay=1e-4,  # paper
-        decay_norm=True,  # the official code decays every parameter, those of BN and the biases included
-        mean=mean,  # fb.resnet.torch: of the training set, 0-255
-        std=std,  # the data's own; the often copied .2023/.1994/.2010 is not
-        pad=4,  # paper
-        flip=True,  # paper
-        compare_accuracy=False,  # a second run of 164 epochs is asked for with --plain, never slipped in
-    )
-
-
-RECIPES: Mapping[str, Recipe] = {
-    "digits": Recipe(
-        model="cifar_preact_resnet20",
-        epochs=30,  # under a minute on 2 CPU cores
-        batch_size=64,  # 21 steps an epoch
-        lr=0.1,  # paper
-        schedule="cosine",  # ends at zero, so the last epoch is as good as the best and needs no picking
-        milestones=(),
-        warmup_epochs=0.0,  # the paper finds none needed; two epochs of it changed nothing, the mean of 5 seeds
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=1e-4,  # paper; 5e-4 gave 0.1 % less, the mean of 5 seeds
-        decay_norm=True,
-        mean=(0.0,),  # so that blank paper is 0 and every zero padding, ours and the convs', continues it
-        std=(8.0,),  # half the range of 0 to 16; their root mean square is 7.8
-        pad=1,  # a shift by one pixel: the digits fill the 8 pixels' height
-        flip=False,  # a mirrored digit is not a digit
-        compare_accuracy=True,  # the plain model trains in seconds too
-    ),
-    "cifar10": _cifar((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
-    "cifar100": _cifar((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
-}
-
-
-def recipe_for(data: str) -> Recipe:
-    """The recipe of a data set by name."""
-    if data not in RECIPES:
-        raise ValueError(f"data={data!r}: unknown data set; allowed: {', '.join(RECIPES)}")
-    return RECIPES[data]
 
 
 @dataclass(frozen=True)
@@ -139,13 +161,31 @@ class Config:
     """Forward and backward as CUDA graphs; on CUDA devices only."""
     deterministic: bool = False
     data_dir: str | None = None
+    download: bool = False
+    """Fetch CIFAR's archive into ``data_dir`` where it is missing."""
+    train_split: str = "train"
+    """Folder, or beginning of the shards' names, of the training images in ``data_dir``; of ImageNet only."""
+    val_split: str = "val"
+    workers: int = 4
+    """Processes that decode images; of ImageNet only."""
+    on_bad_image: str = "skip"
+    """An image that cannot be read: the next one takes its place, or it is an error."""
     limit_train: int | None = None
     limit_test: int | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("data", tuple(RECIPES)), ("dtype", DTYPES), ("backend", BACKENDS)):
+        for name, allowed in (
+            ("data", DATASETS),
+            ("dtype", DTYPES),
+            ("backend", BACKENDS),
+            ("on_bad_image", ON_BAD_IMAGE),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed: {', '.join(allowed)}")
+        if self.recipe.data != self.data:
+            raise ValueError(f"data={self.data!r}: the recipe {self.recipe.name!r} is for {self.recipe.data}")
+        if not 0 <= self.workers <= 256:
+            raise ValueError(f"workers={self.workers}: must be 0 to 256")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed}: allowed: -2^63 to 2^64-1")
         if self.graph and not self.device.startswith("cuda"):

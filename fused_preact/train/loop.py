@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config, Recipe
-from .data import Batches, DataSet, Split, normalise, starts
+from .data import Batches, DataSet, Source, plain_batches
 from .log import Log
 
 WARMUP_STEPS = 5  # of a process: allocator, library plans, compiled kernels; not counted in images/s
@@ -56,6 +56,13 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     )
 
 
+def logits_of(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """float32 logits [N,classes] of images [N,C,H,W], or the mean of each image's views [N,views,C,H,W]."""
+    if images.ndim == 4:
+        return model(images).float()
+    return model(images.flatten(0, 1)).float().unflatten(0, images.shape[:2]).mean(1)
+
+
 class Trainer:
     """A model with its optimizer, loss scaler and batches: what a checkpoint has to restore."""
 
@@ -82,10 +89,12 @@ class Trainer:
         model = self._record(images) if self.config.graph else self.model
         with self.autocast():
             logits = model(images)
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.smoothing)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if labels.ndim == 2:  # of mixup or cutmix: right is the larger share
+            labels = labels.argmax(1)
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
     def _record(self, images: Tensor) -> Callable[[Tensor], Tensor]:
@@ -122,7 +131,7 @@ class Trainer:
         right = torch.zeros((), device=self.device, dtype=torch.int64)
         seen = timed = 0
         begin = start = time.perf_counter()
-        for i, (images, labels) in enumerate(self.batches.epoch()):
+        for i, (images, labels) in enumerate(self.batches.epoch(epoch)):
             if i == skip:
                 self._synchronise()
                 start = time.perf_counter()
@@ -144,7 +153,7 @@ class Trainer:
             loss_sum.item() / seen, 100 * right.item() / seen, timed / (end - start), end - begin
         )
 
-    def evaluate(self, split: Split | None = None) -> EpochStats:
+    def evaluate(self, split: Source | None = None) -> EpochStats:
         """Loss and accuracy on ``split`` (default: the test split) with the running statistics, one view each."""
         split = self.data.test if split is None else split
         self.model.eval()
@@ -152,8 +161,8 @@ class Trainer:
         right = torch.zeros((), device=self.device, dtype=torch.int64)
         start = time.perf_counter()
         with torch.no_grad(), self.autocast():
-            for images, labels in self._plain_batches(split):
-                logits = self.model(images).float()
+            for images, labels in plain_batches(split, self.recipe):
+                logits = logits_of(self.model, images)
                 loss += F.cross_entropy(logits, labels, reduction="sum")
                 right += (logits.argmax(1) == labels).sum()
         mean_loss, accuracy = loss.item() / len(split), 100 * right.item() / len(split)
@@ -173,15 +182,10 @@ class Trainer:
             norm.momentum = None  # PyTorch's cumulative average
         self.model.train()
         with torch.no_grad(), self.autocast():
-            for images, _ in self._plain_batches(self.data.train, at_least=2):
+            for images, _ in plain_batches(self.data.train, self.recipe, at_least=2):
                 self.model(images)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-
-    def _plain_batches(self, split: Split, at_least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in starts(len(split), self.recipe.batch_size, at_least=at_least):
-            part = slice(start, start + self.recipe.batch_size)
-            yield normalise(split.images[part], self.recipe), split.labels[part]
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

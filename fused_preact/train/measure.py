@@ -66,7 +66,7 @@ def saved_bytes(trainer: Trainer) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images, labels = next(trainer.batches.epoch())
+    images, labels = next(trainer.batches.epoch(0))
     model.train()
     # A kept storage lives until the loss goes, so no address is counted for two storages.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.autocast():
@@ -95,7 +95,7 @@ def compare_steps(config: Config, data: DataSet, budget_s: float = 15.0, block: 
     """
     trainers = [Trainer(config, data, fused=fused) for fused in (True, False)]
     trainers[1].model.load_state_dict(trainers[0].model.state_dict())
-    batches = list(itertools.islice(trainers[0].batches.epoch(), block))
+    batches = list(itertools.islice(trainers[0].batches.epoch(0), block))
     batches = [batch for batch in batches if len(batch[1]) == len(batches[0][1])]  # no smaller last one
     for trainer in trainers:
         trainer.model.train()

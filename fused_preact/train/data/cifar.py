@@ -56,6 +56,22 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
 }
 
+# In the order of the labels: batches.meta.txt and fine_label_names.txt of the archives.
+_NAMES_10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_NAMES_100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+    lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal
+    shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank
+    telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+CLASS_NAMES: Mapping[str, tuple[str, ...]] = {
+    "cifar10": tuple(_NAMES_10.split()),
+    "cifar100": tuple(_NAMES_100.split()),
+}
+
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N,3,32,32], labels int64 [N]
 
 

@@ -1,0 +1,85 @@
+"""The data sets by name, with what a run and a checkpoint have to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DATASETS, Config
+from . import cifar
+from .batches import Source
+from .memory import Split, digits
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A training and a test split, and the names of the classes in the order of the labels."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Source
+    test: Source
+    in_channels: int
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data set, of which a part may be missing in a limited split."""
+        return len(self.class_names)
+
+    def card(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data, so that a prediction needs none: names and the mean image or None."""
+        mean = self.train.pixel_mean if isinstance(self.train, Split) else None
+        return {"class_names": list(self.class_names), "pixel_mean": None if mean is None else mean.cpu()}
+
+
+def check_card(card: object, data: DataSet | None = None) -> None:
+    """ValueError unless ``card`` is what ``DataSet.card`` makes, and of the classes of ``data`` where it is given."""
+    if not isinstance(card, Mapping) or set(card) != {"class_names", "pixel_mean"}:
+        raise ValueError("checkpoint has no class names and mean image in data_card")
+    names, mean = card["class_names"], card["pixel_mean"]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("checkpoint has class_names that are no list of names")
+    plain = isinstance(mean, Tensor) and mean.layout == torch.strided and mean.ndim == 3
+    if mean is not None and not (plain and mean.dtype == torch.float32):
+        raise ValueError("checkpoint has a pixel_mean that is no float32 tensor of three dimensions")
+    if data is None:
+        return
+    if len(names) != data.num_classes:
+        raise ValueError(f"checkpoint has {len(names)} classes, this run's data has {data.num_classes}")
+    for number, (found, ours) in enumerate(zip(names, data.class_names, strict=True)):
+        if found != ours:
+            raise ValueError(f"checkpoint has class {number} {found!r}, this run's data has {ours!r}")
+
+
+def load(
+    name: str,
+    data_dir: str | None = None,
+    device: torch.device | str = "cpu",
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+) -> DataSet:
+    """Data set ``name`` on ``device``; ``data_dir`` is for CIFAR, the limits are for quick trials."""
+    if name not in DATASETS:
+        raise ValueError(f"data={name!r}: unknown data set; allowed: {', '.join(DATASETS)}")
+    if name == "imagenet":
+        raise ValueError("data='imagenet': not in this version")
+    if name == "digits":
+        train, test = digits()
+        class_names = tuple(map(str, range(10)))
+    else:
+        arrays, class_names = cifar.read(name, data_dir), cifar.CLASS_NAMES[name]
+        train, test = (Split(torch.from_numpy(images), torch.from_numpy(labels)) for images, labels in arrays)
+    train, test = train.first(limit_train), test.first(limit_test)
+    known = partial(replace, num_classes=len(class_names), pixel_mean=train.mean_image())
+    train, test = (known(split).to(torch.device(device)) for split in (train, test))
+    return DataSet(name, class_names, train, test, train.in_channels)
+
+
+def load_for(config: Config) -> DataSet:
+    """The data of a run."""
+    return load(config.data, config.data_dir, config.device, config.limit_train, config.limit_test)
