@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 BACKENDS = ("auto", "triton", "cpu", "reference")
 SCHEDULES = ("cosine", "step")
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet")
@@ -172,6 +172,22 @@ class Config:
     """An image that cannot be read: the next one takes its place, or it is an error."""
     limit_train: int | None = None
     limit_test: int | None = None
+    order: str | None = None
+    """Activation order of the units, None for the model's own (the paper's Fig. 4)."""
+    shortcut: str | None = None
+    """Kind of shortcut, None for the model's own (the paper's Fig. 2)."""
+    body: str | None = None
+    """Convolutions of a unit, None for the model's own."""
+    sync_bn: bool = False
+    """BN statistics of all processes' images instead of each one's own."""
+    model_ema: bool = False
+    model_ema_decay: float = 0.9998
+    grad_accum_steps: int = 1
+    """Parts that a process takes its share of a batch in; each has BN statistics of its own."""
+    grad_checkpointing: bool = False
+    channels_last: bool = True
+    compile: bool = False
+    fsdp: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -188,6 +204,15 @@ class Config:
             raise ValueError(f"workers={self.workers}: must be 0 to 256")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed}: allowed: -2^63 to 2^64-1")
+        if self.grad_accum_steps < 1:
+            raise ValueError(f"grad_accum_steps={self.grad_accum_steps}: must be at least 1")
+        if not 0 <= self.model_ema_decay < 1:
+            raise ValueError(f"model_ema_decay={self.model_ema_decay}: must be 0 to below 1")
+        for name in ("compile", "grad_checkpointing", "fsdp"):
+            if self.graph and getattr(self, name):
+                raise ValueError(f"graph=True, {name}=True: allowed: one of them")
+        if self.fsdp and self.dtype == "float16":
+            raise ValueError("fsdp=True, dtype='float16': no loss scale for shards; allowed: bfloat16, float32")
         if self.graph and not self.device.startswith("cuda"):
             raise ValueError(f"graph=True, device={self.device!r}: CUDA graphs need a CUDA device")
         for name in ("limit_train", "limit_test"):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Config
@@ -70,7 +69,7 @@ def saved_bytes(trainer: Trainer) -> int:
     model.train()
     # A kept storage lives until the loss goes, so no address is counted for two storages.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.autocast():
-        loss = F.cross_entropy(model(images), labels)
+        loss = trainer.loss(model(trainer.as_wanted(images)), labels)
     del loss
     return sum(kept.values())
 

@@ -6,6 +6,7 @@ import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .log import Row
 from .measure import StepComparison
@@ -35,28 +36,35 @@ class Result:
 
 
 def learning_curve(results: Sequence[Result], title: str) -> bytes | None:
-    """Losses and error rates against epochs as a PNG; None without matplotlib."""
+    """Training losses and test errors against epochs as a PNG, in the style of the paper's Fig. 6; None without matplotlib."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no display, no global state
     except ImportError:
         return None
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for index, result in enumerate(results):
-        epochs = [row["epoch"] for row in result.rows]
-        for split, style in (("train", "-"), ("test", "--")):
-            look = {"color": f"C{index}", "linestyle": style, "label": f"{result.name}, {split}"}
-            left.semilogy(epochs, [row[f"{split}_loss"] for row in result.rows], **look)
-            right.plot(epochs, [100 - row[f"{split}_acc"] for row in result.rows], **look)
-    left.set(xlabel="epoch", ylabel="cross-entropy")
-    # Logarithmic above 1 %: the first epochs' errors would press the interesting end flat.
-    right.set(xlabel="epoch", ylabel="error (%)", yscale="symlog", ylim=(0, 100))
-    left.legend()
-    right.legend()
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    draw_curves(figure.subplots(), {result.name: result.rows for result in results})
     figure.suptitle(title)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     return picture.getvalue()
+
+
+def draw_curves(left: Any, runs: Mapping[str, Sequence[Row]]) -> None:
+    """On ``left``, matplotlib's axes: training losses dashed, and on a scale at the right test errors solid."""
+    right = left.twinx()
+    for index, (name, rows) in enumerate(runs.items()):
+        epochs = [row["epoch"] for row in rows]
+        look = {"color": f"C{index % 10}", "marker": "." if len(rows) == 1 else ""}
+        left.semilogy(epochs, [row["train_loss"] for row in rows], linestyle="--", linewidth=1, **look)
+        right.plot(epochs, [100 - row["test_acc"] for row in rows], label=name, **look)
+        if rows and "ema_test_acc" in rows[0]:
+            averaged = [100 - row["ema_test_acc"] for row in rows]
+            right.plot(epochs, averaged, linestyle=":", label=f"{name}, averaged weights", **look)
+    left.set(xlabel="epoch", ylabel="training loss (dashed)")
+    # Logarithmic above 1 %: the first epochs' errors would press the interesting end flat.
+    right.set(ylabel="test error (%) (solid)", yscale="symlog", ylim=(0, 100))
+    if runs:
+        right.legend(fontsize="small")
 
 
 def summary(results: Sequence[Result], saved: Mapping[str, int], steps: StepComparison | None) -> str:

@@ -1,0 +1,134 @@
+"""The network of a run, its optimizer, and how both are spread over processes and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import Config, Recipe
+from .data import DataSet
+from .world import World
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """The keywords of ``models.create`` that ``config`` sets."""
+    options = {"order": config.order, "shortcut": config.shortcut, "body": config.body}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def build_model(config: Config, data: DataSet, *, fused: bool) -> nn.Module:
+    """The model of ``config`` with the initial weights of its seed, the same for fused and plain."""
+    from fused_preact import models  # not at the top: --help should not wait for the kernels
+
+    torch.manual_seed(config.seed)
+    return models.create(
+        config.recipe.model,
+        num_classes=data.num_classes,
+        fused=fused,
+        in_channels=data.in_channels,
+        **model_options(config),
+    )
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """One group, or with ``decay_norm=False`` a second one without decay: BN parameters and biases, the vectors."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if recipe.decay_norm:
+        return [{"params": params, "weight_decay": recipe.weight_decay}]
+    return [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """SGD with the recipe's settings over ``model``'s parameters."""
+    return torch.optim.SGD(
+        parameter_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov
+    )
+
+
+def spread(model: nn.Module, config: Config, world: World, device: torch.device) -> nn.Module:
+    """What to call in training: ``model``, sharded in place with ``fsdp``, or wrapped so that gradients are averaged.
+
+    Buffers are not kept equal: no forward of training reads them, and tests use rank 0's.
+    """
+    if world.size == 1:
+        return model
+    if config.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        if config.sync_bn:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        for stage in stages(model):
+            fully_shard(stage)
+        return fully_shard(model)
+    wrap = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in signature(wrap).parameters  # in torch 2.13
+    around = wrap(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
+    )
+    if config.sync_bn:
+        # After wrapping: DDP takes no CPU model with such children. They keep the parameters that it has seen.
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return around
+
+
+def stages(model: nn.Module) -> list[nn.Sequential]:
+    """The sequences of units in ``model``: those that hold no other sequence of several modules with parameters."""
+    long = [
+        module for module in model.modules() if isinstance(module, nn.Sequential) and _with_parameters(module) > 1
+    ]
+    return [one for one in long if not any(other is not one and other in set(one.modules()) for other in long)]
+
+
+def _with_parameters(sequence: nn.Sequential) -> int:
+    return sum(any(True for _ in module.parameters()) for module in sequence)
+
+
+def checkpoint_units(model: nn.Module) -> None:
+    """Keep the input of every sqrt(n)-th of a stage's n units for backward, and compute the others again from it.
+
+    That is the number for which inputs and one group's activations together are least. The stages' ``forward`` is
+    replaced on the instances; parameters, buffers and names stay.
+    """
+    for stage in stages(model):
+        units = list(stage)
+        size = max(1, math.isqrt(len(units)))
+        groups = [type(stage)(*units[i : i + size]) for i in range(0, len(units), size)]
+        stage.forward = partial(_in_groups, stage, stage.forward, groups)  # type: ignore[method-assign]
+
+
+def _in_groups(stage: nn.Module, forward: Any, groups: list[nn.Module], x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(x)
+    for group in groups:
+        x = checkpoint(group, x, use_reentrant=False)
+    return x
+
+
+def whole(value: Any) -> Any:
+    """``value`` with every sharded tensor in it put together; all ranks have to ask at once."""
+    if isinstance(value, Mapping):
+        return type(value)((key, whole(item)) for key, item in value.items())
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def like(value: Tensor, other: Tensor) -> Tensor:
+    """``value`` on the device of ``other``, sharded as it is."""
+    if not hasattr(other, "full_tensor"):
+        return value.to(other.device, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)  # type: ignore[attr-defined]
