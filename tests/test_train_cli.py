@@ -17,7 +17,7 @@ import pytest
 from train_helpers import CONFIG, interrupt_after, rows_of, start, temporaries, tiny
 
 from fused_preact import models
-from fused_preact.train import checkpoint, cli, console, run
+from fused_preact.train import checkpoint, cli, console, fit, run
 from fused_preact.train.data import DataSet
 from fused_preact.train.log import COLUMNS, Log, metrics_csv
 from fused_preact.train.loop import Trainer
@@ -42,7 +42,7 @@ ROW = dict.fromkeys(COLUMNS, 1.0)
 def test_piped_log_is_plain_lines() -> None:
     stream = io.StringIO()
     log = Log(3, "fused", stream)
-    assert not log.due()
+    assert not log.bar(0, 1, 10)
     log.epoch(ROW)
     assert stream.getvalue().startswith("fused epoch 1/3  lr 1.0000")
     assert stream.getvalue().count("\n") == 1
@@ -54,19 +54,33 @@ def test_terminal_bar_is_one_line_that_the_epoch_replaces(monkeypatch: pytest.Mo
     monkeypatch.setenv("COLUMNS", "120")
     stream = Terminal()
     log = Log(3, "fused", stream)
-    assert log.due()
-    log.bar(0, 5, 10, 1.25, 50.0, 1000.0)
-    assert not log.due()  # drawn just now
-    log.bar(0, 10, 10, 1.25, 50.0, 1000.0)
+    drawn = []
+    for batch in range(1, 11):
+        time.sleep(0.03)
+        if log.bar(0, batch, 10):
+            drawn.append(batch)
+            log.detail(1.25, 50.0, 1000.0)
+    assert 1 < len(drawn) < 8, "at most ten times a second"
     bars = stream.getvalue()
     assert "\n" not in bars
-    for part in ("epoch 1/3", "batch 10/10", "loss 1.250", "acc 50.0 %", "1,000 img/s", "ETA 00:0"):
-        assert part in bars
+    for part in ("fused epoch 1/3", f"{drawn[1]}/30", "loss 1.250", "acc 50.0 %", "1,000 img/s", "ETA 00:0"):
+        assert part in bars, part
     assert all(len(bar) < 120 for bar in bars.split("\r"))
     log.epoch(ROW)
-    assert stream.getvalue().removeprefix(bars).startswith("\r" + " " * 119 + "\rfused epoch")
+    after = stream.getvalue().removeprefix(bars)
+    assert after.split("\r")[1].strip() == "", "the bar is wiped off"
+    assert after.split("\r")[-1].startswith("fused epoch 1/3  lr")
     monkeypatch.setenv("TERM", "dumb")
-    assert not Log(3, "fused", stream).due()
+    assert not Log(3, "fused", stream).bar(0, 1, 10)
+
+
+def test_a_run_of_many_and_other_ranks_say_nothing_of_epochs() -> None:
+    stream = io.StringIO()
+    Log(3, "fused", stream, quiet=True).epoch(ROW)
+    other = Log(3, "fused", stream, speak=False)
+    other.epoch(ROW)
+    other.line("unheard")
+    assert stream.getvalue() == ""
 
 
 class Reader(io.StringIO):
@@ -86,10 +100,16 @@ class Reader(io.StringIO):
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), ConnectionResetError(), OSError(errno.EIO, "hung up")])
-def test_a_reader_that_is_gone_is_nothing(error: OSError) -> None:
-    log = Log(3, "fused", Reader(error))
+def test_a_reader_that_is_gone_is_nothing(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Reader(error)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    log = Log(3, "fused", stream)
     log.epoch(ROW)
-    log.bar(0, 5, 10, 1.25, 50.0, 1000.0)
+    for batch in (1, 2):
+        log.bar(0, batch, 10)
+        time.sleep(0.11)
+    log.epoch(ROW)
 
 
 def test_a_log_that_cannot_be_written_is_an_error() -> None:
@@ -104,7 +124,7 @@ def test_a_log_without_a_stream_or_without_the_letters(monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.stdout", None)  # as after >&-
     log = Log()
     log.line("unheard")
-    assert not log.due()
+    assert not log.bar(0, 1, 10)
 
 
 def test_an_error_is_one_line() -> None:
@@ -128,7 +148,7 @@ def test_table_aligns_its_columns() -> None:
 def test_summary_without_the_plain_accuracy_shows_a_dash(
     data: DataSet, tiny_model: None, tmp_path: Path
 ) -> None:
-    result = run.fit(CONFIG, data, tmp_path)
+    result = fit.fit(CONFIG, data, tmp_path)
     steps = replace(
         compare_steps(CONFIG, data, budget_s=0.0),
         fused_images_per_s=300.0,
@@ -229,7 +249,7 @@ def test_cli_bad_input_is_one_line(
     config = replace(CONFIG, recipe=RECIPES["digits"])
     with monkeypatch.context() as patch:
         patch.setattr(models, "create", tiny)
-        checkpoint.save(Path("run/last.pt"), checkpoint.pack(Trainer(config, data, fused=True), 0, []))
+        checkpoint.save(Path("run/last.pt"), checkpoint.pack(Trainer(config, data, fused=True), []))
     try:
         status = cli.main(flags)
     except SystemExit as exit:  # argparse's own refusals
@@ -358,25 +378,25 @@ def test_importing_the_package_takes_no_signal() -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("when", ["before the first epoch is done", "after an epoch"])
-def test_interrupt_while_training(when: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "word", "status"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+)
+def test_a_signal_in_an_epoch_writes_a_checkpoint_first(
+    number: int, word: str, status: int, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    images = ["--limit-train", "1000"] if when.startswith("before") else []
-    process = start(*TRIAL, *images, "--epochs", "2000", "--out", str(out))
+    process = start(*TRIAL, "--limit-train", "1000", "--epochs", "2000", "--plain", "--out", str(out))
     assert process.stdout is not None
     process.stdout.readline()
-    if when.startswith("after"):
-        process.stdout.readline()
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(number)
     _, shown = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert shown.startswith("\ninterrupted; ")
-    assert shown.count("\n") == 2
-    assert shown.endswith(
-        f"go on with --resume {out}\n" if when.startswith("after") else f"finished in {out}\n"
-    )
+    assert process.returncode == status
+    assert shown == f"\n{word}; the last checkpoint is {out / 'last.pt'}, go on with --resume {out}\n"
     assert temporaries(out) == []
+    payload = checkpoint.load(out)
+    assert (payload["epoch"], payload["step"]) != (0, 0)
+    assert payload["sums"][0]["seen"] == payload["step"] * 64
 
 
 EXECUTED = """
@@ -393,7 +413,7 @@ def test_interrupt_in_executed_text_has_the_same_status(tmp_path: Path) -> None:
     process = start(*TRIAL, "--epochs", "1", "--out", str(out), first=[str(tmp_path)])
     _, shown = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert shown.startswith("\ninterrupted; the last finished epoch is in ")
+    assert shown.startswith("\ninterrupted; the last checkpoint is ")
     assert shown.count("\n") == 2
 
 

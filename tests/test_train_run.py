@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO, FileIO
 from pathlib import Path
@@ -22,10 +23,11 @@ from torch import nn
 from train_helpers import CONFIG, interrupt_after, rows_of, start, temporaries, tiny
 
 from fused_preact import models
-from fused_preact.train import checkpoint, cli, run
+from fused_preact.train import checkpoint, cli, fit, parser
 from fused_preact.train.config import Config
 from fused_preact.train.data import DataSet, load
-from fused_preact.train.loop import Trainer, parameter_groups
+from fused_preact.train.loop import Trainer
+from fused_preact.train.networks import parameter_groups
 from fused_preact.train.measure import compare_steps, saved_bytes
 from fused_preact.train.recipes import RECIPES
 
@@ -87,15 +89,15 @@ def test_resume_gives_the_same_bits(
     dtype: str, data: DataSet, tiny_model: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(CONFIG, dtype=dtype)
-    run.fit(config, data, tmp_path / "straight")
+    fit.fit(config, data, tmp_path / "straight")
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)
         with pytest.raises(KeyboardInterrupt):
-            run.fit(config, data, tmp_path / "broken")
+            fit.fit(config, data, tmp_path / "broken")
     broken = checkpoint.load(tmp_path / "broken")
     assert broken["epoch"] == 2
     torch.manual_seed(999)  # a new process has another random stream
-    run.fit(config, data, tmp_path / "broken", resume=broken)
+    fit.fit(config, data, tmp_path / "broken", resume=broken)
     a, b = checkpoint.load(tmp_path / "straight"), checkpoint.load(tmp_path / "broken")
     for name in a["state"]:
         assert torch.equal(a["state"][name], b["state"][name]), name
@@ -108,7 +110,7 @@ def test_resume_gives_the_same_bits(
 
 
 def test_last_and_best_are_kept(data: DataSet, tiny_model: None, tmp_path: Path) -> None:
-    result = run.fit(CONFIG, data, tmp_path)
+    result = fit.fit(CONFIG, data, tmp_path)
     accuracies = [row["test_acc"] for row in result.rows]
     assert checkpoint.load(tmp_path)["epoch"] == 4
     best = checkpoint.load(tmp_path / "best.pt")
@@ -121,11 +123,21 @@ def test_last_and_best_are_kept(data: DataSet, tiny_model: None, tmp_path: Path)
 def test_resume_refuses_another_task(
     name: str, other: object, data: DataSet, tiny_model: None, tmp_path: Path
 ) -> None:
-    payload = checkpoint.pack(Trainer(CONFIG, data, fused=True), 0, [])
+    payload = checkpoint.pack(Trainer(CONFIG, data, fused=True), [])
     expected = payload[name]
     payload[name] = other
     with pytest.raises(ValueError, match=f"{name}={other!r}.*{name}={expected!r}"):
-        run.fit(CONFIG, data, tmp_path, resume=payload)
+        fit.fit(CONFIG, data, tmp_path, resume=payload)
+
+
+def dealing(plain: Any, accuracies: Iterator[float]) -> Any:
+    """``evaluate`` with the next of ``accuracies``; the look at the test images before training gets none."""
+
+    def evaluate(self: Trainer, *args: Any, batches: int | None = None) -> Any:
+        stats = plain(self, *args, batches=batches)
+        return stats if batches else replace(stats, accuracy=next(accuracies))
+
+    return evaluate
 
 
 class Killed(BaseException):
@@ -139,7 +151,7 @@ def test_a_kill_between_last_and_best_is_mended_on_resume(
     # Accuracies are dealt out: the epoch whose best.pt the kill takes away is the best of all.
     accuracies = {1: [90.0, 80.0, 70.0, 60.0], 2: [80.0, 90.0, 70.0, 60.0]}[at]
     plain, save, dealt = Trainer.evaluate, checkpoint.save, iter(accuracies)
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: replace(plain(self), accuracy=next(dealt)))
+    monkeypatch.setattr(Trainer, "evaluate", dealing(plain, dealt))
 
     def killed(path: Path, payload: dict[str, Any]) -> None:
         if path.name == "best.pt" and payload["epoch"] == at:
@@ -149,10 +161,10 @@ def test_a_kill_between_last_and_best_is_mended_on_resume(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", killed)
         with pytest.raises(Killed):
-            run.fit(CONFIG, data, tmp_path)
+            fit.fit(CONFIG, data, tmp_path)
     assert (tmp_path / "best.pt").exists() == (at > 1)
     last = checkpoint.load(tmp_path)
-    run.fit(CONFIG, data, tmp_path, resume=last)
+    fit.fit(CONFIG, data, tmp_path, resume=last)
     best = checkpoint.load(tmp_path / "best.pt")
     assert (best["epoch"], best["last_accuracy"]) == (at, 90.0)
     for name, value in last["state"].items():
@@ -164,21 +176,21 @@ def test_resume_looks_at_what_best_holds(
     state: str, data: DataSet, tiny_model: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, dealt = Trainer.evaluate, iter([90.0, 50.0, 95.0, 20.0, 60.0, 20.0])
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: replace(plain(self), accuracy=next(dealt)))
+    monkeypatch.setattr(Trainer, "evaluate", dealing(plain, dealt))
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)
         with pytest.raises(KeyboardInterrupt):
-            run.fit(CONFIG, data, tmp_path)
+            fit.fit(CONFIG, data, tmp_path)
     second, best = checkpoint.load(tmp_path), tmp_path / "best.pt"
     kept = best.read_bytes()
-    run.fit(CONFIG, data, tmp_path, resume=second)  # on to 95 % ...
+    fit.fit(CONFIG, data, tmp_path, resume=second)  # on to 95 % ...
     if state == "missing":
         best.unlink()
     elif state == "damaged":
         best.write_bytes(best.read_bytes()[:1000])
     elif state == "whole":
         best.write_bytes(kept)
-    run.fit(CONFIG, data, tmp_path, resume=second)  # ... and once more from epoch 2, to 60 %
+    fit.fit(CONFIG, data, tmp_path, resume=second)  # ... and once more from epoch 2, to 60 %
     expected = (1, 90.0) if state == "whole" else (3, 60.0)  # epoch 1 of 90 % is nowhere else to be had
     found = checkpoint.load(best)
     assert (found["epoch"], found["last_accuracy"]) == expected
@@ -188,7 +200,7 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, data: DataSet, tiny_model
     with pytest.raises(FileNotFoundError, match="nowhere"):
         checkpoint.load(tmp_path / "nowhere")
     file = tmp_path / "last.pt"
-    checkpoint.save(file, checkpoint.pack(Trainer(CONFIG, data, fused=True), 0, []))
+    checkpoint.save(file, checkpoint.pack(Trainer(CONFIG, data, fused=True), []))
     whole = file.read_bytes()
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 2000, len(whole) - 1):
         file.write_bytes(whole[:size])
@@ -211,7 +223,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def test_no_damage_to_a_checkpoint_goes_unnoticed(tmp_path: Path, data: DataSet, tiny_model: None) -> None:
     """Any bit of the file, the directory's too: refused, or without a consequence."""
-    run.fit(replace(CONFIG, recipe=CONFIG.recipe.with_epochs(1)), data, tmp_path)
+    fit.fit(replace(CONFIG, recipe=CONFIG.recipe.with_epochs(1)), data, tmp_path)
     file, chance = tmp_path / "last.pt", random.Random(0)
     whole, good = file.read_bytes(), flat(checkpoint.load(file))
     with zipfile.ZipFile(file) as records:
@@ -242,7 +254,7 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(tmp_path: Path, data: DataSet,
 
 def test_packed_and_double_records_are_refused(tmp_path: Path, data: DataSet, tiny_model: None) -> None:
     file = tmp_path / "last.pt"
-    checkpoint.save(file, checkpoint.pack(Trainer(CONFIG, data, fused=True), 0, []))
+    checkpoint.save(file, checkpoint.pack(Trainer(CONFIG, data, fused=True), []))
     with zipfile.ZipFile(BytesIO(file.read_bytes())) as records, zipfile.ZipFile(file, "w", 8) as packed:
         for name in records.namelist():
             packed.writestr(name, records.read(name))
@@ -301,7 +313,10 @@ def changed(payload: Any, path: tuple[Any, ...], value: Any) -> Any:
         ),
         (("optimizer", "state", 99), {}, "optimizer state 99"),
         (("scaler",), {"scale": 1.0}, "scaler=dict"),
-        (("rng",), None, "rng torch=None"),
+        (("step",), 1, "step=1 in epoch 2 of 1"),
+        (("step",), True, "step=True"),
+        (("sums",), [{"loss": 1.0}], "sums=list at step 0"),
+        (("ema",), {}, "ema, this run has model_ema=False"),
         (("data_card", "class_names"), ["0"], "checkpoint has 1 classes, this run's data has 10"),
         (("data_card", "class_names"), ["zero", *"123456789"], "class 0 'zero', this run's data has '0'"),
         (("data_card", "pixel_mean"), torch.zeros(3), "pixel_mean that is no float32 tensor"),
@@ -321,7 +336,7 @@ def test_foreign_checkpoints_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = replace(CONFIG, recipe=CONFIG.recipe.with_epochs(1), limit_train=100, limit_test=50)
-    run.fit(config, data, tmp_path)
+    fit.fit(config, data, tmp_path)
     file = tmp_path / "last.pt"
     torch.save(changed(checkpoint.load(file), path, value), file)
     capsys.readouterr()
@@ -335,7 +350,7 @@ def test_foreign_checkpoints_are_one_line(
 def test_the_plain_checkpoint_is_looked_at_before_training(
     data: DataSet, tiny_model: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.fit(replace(CONFIG, limit_train=100, limit_test=50), data, tmp_path)
+    fit.fit(replace(CONFIG, limit_train=100, limit_test=50), data, tmp_path)
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "last.pt").write_bytes(b"PK")
     capsys.readouterr()
@@ -349,7 +364,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(
     data: DataSet, tiny_model: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever in the file that is: torch's own writer to a file would not say so."""
-    file, payload = tmp_path / "last.pt", checkpoint.pack(Trainer(CONFIG, data, fused=True), 0, [])
+    file, payload = tmp_path / "last.pt", checkpoint.pack(Trainer(CONFIG, data, fused=True), [])
     checkpoint.save(file, payload)
     whole = file.read_bytes()
 
@@ -376,7 +391,7 @@ def test_an_interrupt_anywhere_in_a_save_is_an_interrupt(
     data: DataSet, tiny_model: None, tmp_path: Path
 ) -> None:
     """Raised at every 13th line that Python runs below ``save``, torch's and the library's own included."""
-    file, payload = tmp_path / "last.pt", checkpoint.pack(Trainer(CONFIG, data, fused=True), 0, [])
+    file, payload = tmp_path / "last.pt", checkpoint.pack(Trainer(CONFIG, data, fused=True), [])
     checkpoint.save(file, payload)
     kept = checkpoint.load(file)["state"]
 
@@ -475,7 +490,7 @@ def test_divergence_keeps_the_last_good_checkpoint(
         type(CONFIG.recipe), "learning_rate", lambda self, epoch: rate(self, epoch) if epoch < 1 else 1e30
     )
     with pytest.raises(FloatingPointError, match=r"epoch 2.*--lr"):
-        run.fit(CONFIG, data, tmp_path)
+        fit.fit(CONFIG, data, tmp_path)
     payload = checkpoint.load(tmp_path)
     assert payload["epoch"] == 1
     assert all(torch.isfinite(t).all() for t in payload["state"].values())
@@ -514,8 +529,8 @@ def test_graph_needs_a_cuda_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--graph", "--device", "cpu"]) == 2
     assert "CUDA graphs need a CUDA device" in capsys.readouterr().err
     there = replace(CONFIG, device="cuda", graph=True)
-    args = cli.parser().parse_args(["--resume", "run", "--device", "cpu"])
-    resumed = cli.resumed_config(args, {"config": there.to_dict(), "epoch": 1})
+    args = parser.parser().parse_args(["--resume", "run", "--device", "cpu"])
+    resumed = parser.resumed_config(args, {"config": there.to_dict(), "epoch": 1})
     assert (resumed.device, resumed.graph) == ("cpu", False), "a run can go on on another machine"
 
 
@@ -540,7 +555,7 @@ def test_graph_records_once_and_leaves_the_statistics(
     weights = []
     for graph in (False, True):
         trainer = Trainer(CONFIG, data, fused=False)
-        trainer.config = SimpleNamespace(graph=graph)  # a real one would want a CUDA device
+        trainer.config = SimpleNamespace(**{**vars(CONFIG), "graph": graph})  # a real one would want a CUDA device
         for module in trainer.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

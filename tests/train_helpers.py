@@ -21,7 +21,7 @@ from fused_preact.train.recipes import RECIPES
 CONFIG = Config("digits", replace(RECIPES["digits"].with_epochs(4), batch_size=32))
 
 
-def tiny(name: str, *, num_classes: int, fused: bool, in_channels: int) -> nn.Module:
+def tiny(name: str, *, num_classes: int, fused: bool, in_channels: int, **options: str) -> nn.Module:
     """BN, dropout (the global random stream) and a conv, in a thousandth of the time of a ResNet."""
     return nn.Sequential(
         nn.Conv2d(in_channels, 4, 3, stride=2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -68,7 +69,9 @@ def _lost(ranks: World, out: Path | None, why: str) -> None:
     """Say, on the first rank to notice, that another is gone."""
     if ranks.first_to("speak"):
         with suppress(OSError):
-            text = f"error: a process of {ranks.size} was lost ({why[:150]}), so all end; {_how_to_go_on(out)}\n"
+            known = re.search(r"connection (closed|reset)[\w ]*|timed out|timeout", why, re.IGNORECASE)
+            why = known[0].lower() if known else why[:150]
+            text = f"error: a process of {ranks.size} was lost ({why}), so all end; {_how_to_go_on(out)}\n"
             console.write(sys.stderr, text)
 
 
