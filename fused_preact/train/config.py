@@ -211,6 +211,8 @@ class Config:
         for name in ("compile", "grad_checkpointing", "fsdp"):
             if self.graph and getattr(self, name):
                 raise ValueError(f"graph=True, {name}=True: allowed: one of them")
+        if self.compile and self.grad_checkpointing:
+            raise ValueError("compile=True, grad_checkpointing=True: allowed: one of them")
         if self.fsdp and self.dtype == "float16":
             raise ValueError("fsdp=True, dtype='float16': no loss scale for shards; allowed: bfloat16, float32")
         if self.graph and not self.device.startswith("cuda"):

@@ -19,7 +19,7 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+        self.model, self.decay = model, decay
         self.parameters = dict(model.named_parameters())
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
@@ -47,3 +47,6 @@ class EMA:
     def _set(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()  # fully_shard may keep what it has gathered until the next backward pass

@@ -117,6 +117,7 @@ def fit(
     """
     options, world = options or Options(), world or World()
     recipe, name = config.recipe, name or ("fused" if config.fused else "plain")
+    world.forget_votes()
     memory = PeakMemory(world.device(config.device))
     trainer = Trainer(config, data, fused=config.fused, world=world)
     log = Log(recipe.epochs, name, speak=world.first, quiet=options.quiet)

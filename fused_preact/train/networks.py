@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -84,15 +85,8 @@ def spread(model: nn.Module, config: Config, world: World, device: torch.device)
 
 
 def stages(model: nn.Module) -> list[nn.Sequential]:
-    """The sequences of units in ``model``: those that hold no other sequence of several modules with parameters."""
-    long = [
-        module for module in model.modules() if isinstance(module, nn.Sequential) and _with_parameters(module) > 1
-    ]
-    return [one for one in long if not any(other is not one and other in set(one.modules()) for other in long)]
-
-
-def _with_parameters(sequence: nn.Sequential) -> int:
-    return sum(any(True for _ in module.parameters()) for module in sequence)
+    """The stages of ``model``, each a sequence of units; none for a network that is not the paper's."""
+    return list(getattr(model, "stages", ()))
 
 
 def checkpoint_units(model: nn.Module) -> None:
@@ -105,15 +99,36 @@ def checkpoint_units(model: nn.Module) -> None:
         units = list(stage)
         size = max(1, math.isqrt(len(units)))
         groups = [type(stage)(*units[i : i + size]) for i in range(0, len(units), size)]
-        stage.forward = partial(_in_groups, stage, stage.forward, groups)  # type: ignore[method-assign]
+        stage.forward = partial(_in_groups, stage.forward, groups)  # type: ignore[method-assign]
 
 
-def _in_groups(stage: nn.Module, forward: Any, groups: list[nn.Module], x: Tensor) -> Tensor:
+def _in_groups(forward: Any, groups: list[nn.Module], x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x)
     for group in groups:
-        x = checkpoint(group, x, use_reentrant=False)
+        around = partial(_first_and_again, group)
+        x = checkpoint(group, x, use_reentrant=False, context_fn=around, preserve_rng_state=True)
     return x
+
+
+def _first_and_again(group: nn.Module) -> Any:
+    return nullcontext(), _statistics_kept(group)
+
+
+@contextmanager
+def _statistics_kept(group: nn.Module) -> Iterator[None]:
+    """BNs in training mode leave their running statistics alone: the first forward has updated them."""
+    norms = [m for m in group.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(n.momentum, None if n.num_batches_tracked is None else n.num_batches_tracked.clone()) for n in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            if count is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(count)
 
 
 def whole(value: Any) -> Any:

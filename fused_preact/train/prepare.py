@@ -124,7 +124,7 @@ def _work(args: argparse.Namespace, found: _Found, world: World) -> tuple[Work, 
     else:
         config = new_config(args) if payload is None else resumed_config(args, payload)
     options = _options(args)
-    _check_config(args, config, world)
+    check_config(args, config, world)
     configs = [config]
     if found.study is not None:
         configs = [found.study.run_config(cell, config.seed) for cell in found.study.cells]
@@ -133,7 +133,7 @@ def _work(args: argparse.Namespace, found: _Found, world: World) -> tuple[Work, 
     data = load_for(replace(config, device=str(world.device(config.device))))
     for one in configs:
         _check_network(one, data)
-    _check_shares(config, data, world)
+    check_shares(config, data, world)
     folders = [out]
     if payload is not None:
         checkpoint.check(payload, config, data)
@@ -195,7 +195,8 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
-def _check_config(args: argparse.Namespace, config: Config, world: World) -> None:
+def check_config(args: argparse.Namespace, config: Config, world: World) -> None:
+    """Raises ValueError for flags that do not go together, RuntimeError for kernels that are not there."""
     if args.compare and not config.fused:
         raise ValueError("--compare trains the fused and the plain model: leave --plain away")
     if world.size > 1:
@@ -227,7 +228,7 @@ def _check_network(config: Config, data: DataSet) -> None:
             raise ValueError(f"{words}: {error}") from error
 
 
-def _check_shares(config: Config, data: DataSet, world: World) -> None:
+def check_shares(config: Config, data: DataSet, world: World) -> None:
     """ValueError unless every process, and every part of its share, gets as many images of a batch, at least two."""
     recipe, parts = config.recipe, config.grad_accum_steps
     Batches(data.train, recipe, config.seed, rank=world.rank, world=world.size)

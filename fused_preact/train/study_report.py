@@ -101,7 +101,7 @@ def picture(results: dict[str, Any]) -> bytes | None:
         axis.set(title=title, xlabel="test error (%)")
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(places, names)
-        axis.invert_yaxis()
+    ours.invert_yaxis()  # both: they share it
     most = max([cell["median"] for cell in cells if cell["median"] is not None and not cell["fail"]], default=FAIL)
     _bars(ours, [None if cell["fail"] else cell["median"] for cell in cells], most, [_error(cell) for cell in cells])
     for place, cell in zip(places, cells, strict=True):
@@ -122,7 +122,7 @@ def _bars(axis: Any, values: Sequence[float | None], most: float, told: Sequence
         failed = value is None
         axis.barh(place, most if failed else value, color="C3" if failed else "C0", alpha=0.25 if failed else 0.7)
         axis.annotate(text, (most if failed else value, place), (4, 0), textcoords="offset points", va="center")
-    axis.set_xlim(0, 1.3 * most or 1)
+    axis.set_xlim(0, 1.5 * most or 1)
 
 
 def curves(runs: Mapping[str, Sequence[Row]], title: str) -> bytes | None:

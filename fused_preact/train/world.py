@@ -86,6 +86,12 @@ class World:
             answer = bool(before[1][0]), int(before[1][1])
         return answer
 
+    def forget_votes(self) -> None:
+        """Leave the last votes unanswered: they are of a run that has ended."""
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+
     def first_to(self, what: str) -> bool:
         """Whether this rank is the first to ask; where nobody can tell (torchrun itself is gone) it is."""
         try:
