@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import lzma
 import tarfile
 from collections.abc import Mapping
@@ -14,9 +13,10 @@ from typing import IO, cast
 
 import numpy as np
 
+from .archive import PIECE, Pieces, check_plain
+
 IMAGE_SHAPE = (3, 32, 32)
 IMAGE_BYTES = 3 * 32 * 32
-PIECE = 2**20  # bytes asked for at once of an archive
 MEMBERS = 1000  # the published archives have nine; a header costs memory even where its member is not wanted
 
 
@@ -121,24 +121,6 @@ def _read_file(path: Path, count: int, layout: Layout) -> bytes:
     return path.read_bytes()
 
 
-class _Pieces(io.BufferedIOBase):
-    """A packed file as tarfile sees it: a header that claims to be longer than any is refused before it is read."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= PIECE:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return self.file.read(size)
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        return self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-
 def _unpacked(file: IO[bytes]) -> IO[bytes]:
     """``file`` behind the decompressor that its first bytes name."""
     start = file.read(6)
@@ -160,7 +142,7 @@ def _read_archive(archive: Path, layout: Layout) -> dict[str, bytes]:
     with open(archive, "rb") as packed:
         try:
             stream = _unpacked(packed)
-            with tarfile.open(fileobj=_Pieces(stream), mode="r:") as tar:
+            with tarfile.open(fileobj=Pieces(stream), mode="r:") as tar:
                 for number, member in enumerate(tar):
                     if number == MEMBERS or member.size < 0:
                         raise tarfile.ReadError(f"member {number} of {member.size} bytes")
@@ -181,8 +163,7 @@ def _read_archive(archive: Path, layout: Layout) -> dict[str, bytes]:
 
 
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> bytes:
-    if not member.isreg() or member.issparse():
-        raise tarfile.ReadError(f"{member.name} is a link or no plain file")
+    check_plain(member)
     if member.size != size:
         raise tarfile.ReadError(f"{member.name} has {member.size} bytes, expected {size}")
     stream = tar.extractfile(member)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..config import DATASETS, Config
-from . import cifar
+from . import cifar, index
 from .batches import Source
+from .files import Files
 from .memory import Split, digits
 
 
@@ -30,6 +31,12 @@ class DataSet:
     def num_classes(self) -> int:
         """Classes of the data set, of which a part may be missing in a limited split."""
         return len(self.class_names)
+
+    def notes(self) -> list[str]:
+        """What a reader of the results should know: images that could not be read."""
+        named = (("train", self.train), ("test", self.test))
+        found = [(name, split.note()) for name, split in named if isinstance(split, Files)]
+        return [f"{name}: {note}" for name, note in found if note is not None]
 
     def card(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data, so that a prediction needs none: names and the mean image or None."""
@@ -62,12 +69,25 @@ def load(
     device: torch.device | str = "cpu",
     limit_train: int | None = None,
     limit_test: int | None = None,
+    *,
+    splits: tuple[str, str] = ("train", "val"),
+    workers: int = 0,
+    on_bad_image: str = "skip",
 ) -> DataSet:
-    """Data set ``name`` on ``device``; ``data_dir`` is for CIFAR, the limits are for quick trials."""
+    """Data set ``name`` on ``device``; ``data_dir`` is for CIFAR and ImageNet, the limits are for quick trials.
+
+    The limits take the first images, of files ones at equal distances. ``splits`` and what follows is ImageNet's.
+    """
     if name not in DATASETS:
         raise ValueError(f"data={name!r}: unknown data set; allowed: {', '.join(DATASETS)}")
     if name == "imagenet":
-        raise ValueError("data='imagenet': not in this version")
+        indices, class_names = index.find(data_dir, splits)
+        options = {"device": device, "workers": workers, "on_bad_image": on_bad_image}
+        trained, tested = (
+            Files(found.spread(limit), len(class_names), **options)  # type: ignore[arg-type]
+            for found, limit in zip(indices, (limit_train, limit_test), strict=True)
+        )
+        return DataSet(name, class_names, trained, tested, in_channels=3)
     if name == "digits":
         train, test = digits()
         class_names = tuple(map(str, range(10)))
@@ -82,4 +102,13 @@ def load(
 
 def load_for(config: Config) -> DataSet:
     """The data of a run."""
-    return load(config.data, config.data_dir, config.device, config.limit_train, config.limit_test)
+    return load(
+        config.data,
+        config.data_dir,
+        config.device,
+        config.limit_train,
+        config.limit_test,
+        splits=(config.train_split, config.val_split),
+        workers=config.workers,
+        on_bad_image=config.on_bad_image,
+    )
