@@ -59,7 +59,10 @@ PROGRAMS = {"tune"}
 # Beside the standard library and torch. "now" is at import, "later" inside functions.
 THIRD_PARTY: dict[str, dict[str, set[str]]] = {
     "kernels": {"now": {"triton"}, "later": {"triton"}},
-    "train": {"now": {"numpy"}, "later": {"numpy", "sklearn", "matplotlib", "PIL", "safetensors", "simplejpeg"}},
+    "train": {
+        "now": {"numpy"},
+        "later": {"numpy", "sklearn", "matplotlib", "PIL", "safetensors", "simplejpeg"},
+    },
     "tune": {"now": {"triton"}, "later": {"triton"}},
 }
 

@@ -228,22 +228,28 @@ class Files:
     def _batches(self, requests: Sequence[Request]) -> Iterator[Made]:
         self._pass += 1
         current, self._requests.next = self._pass, requests
-        with _signals_of_a_parent():
+        with _signals_of_a_parent(), self._deaths_named():
             made = iter(self._loader())
         for _ in requests:
             if self._pass != current:
                 raise RuntimeError("a new pass over these images began before this one ended")
-            try:
+            with self._deaths_named():
                 batch = next(made)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise ChildProcessError(
-                    f"a process that decodes images has died ({' '.join(str(error).split())}); out of memory, or of "
-                    f"shared memory (/dev/shm)? try fewer --workers (now {self.workers})"
-                ) from error
             self._look_at(batch)
             yield batch
+
+    @contextmanager
+    def _deaths_named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self._made = None  # with new ones if there is a next pass
+            raise ChildProcessError(
+                f"a process that decodes images has died ({' '.join(str(error).split())}); out of memory, or of "
+                f"shared memory (/dev/shm)? try fewer --workers (now {self.workers})"
+            ) from error
 
     def _loader(self) -> DataLoader[Made]:
         if self._made is None:

@@ -20,8 +20,8 @@ def training_box(width: int, height: int, recipe: Recipe, chance: random.Random)
     """The part of an image that becomes a crop of ``recipe.img_size`` pixels in a square.
 
     With ``short_side`` the shorter side becomes a random one of that range, and the crop is anywhere (the paper's
-    scale augmentation). Else the area is uniform in ``scale`` and the aspect log-uniform in ``ratio``; where ten draws do
-    not fit, the centred square.
+    scale augmentation). Else the area is uniform in ``scale`` and the aspect log-uniform in ``ratio``; where ten
+    draws do not fit, the centred square.
     """
     size = recipe.img_size or 0
     if recipe.short_side:

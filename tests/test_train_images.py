@@ -1,0 +1,481 @@
+"""Images of files: the index of folders and shards, views, colours, worker processes, damaged images."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import shutil
+import signal
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_helpers import CLASSES, add, photographs, write_folders, write_shards
+from PIL import Image
+
+from fused_preact.train import cli
+from fused_preact.train.config import Recipe
+from fused_preact.train.data import Batches, colour, files, index, load, plain_batches, views
+from fused_preact.train.data.files import Unreadable
+from fused_preact.train.loop import logits_of
+from fused_preact.train.recipes import RECIPES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RECIPE = replace(
+    RECIPES["imagenet-resnet18-torch"], img_size=24, val_img_size=16, batch_size=16, crop_pct=0.8
+)
+PAPER = replace(
+    RECIPES["imagenet-resnet18"], img_size=24, val_img_size=24, short_side=(28, 60), batch_size=16
+)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    write_folders(root / "folders")
+    write_shards(root / "shards")
+    return root
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """A small tree of its own, to be damaged."""
+    return write_folders(tmp_path / "data", train=8, val=3)
+
+
+def data_of(root: Path, **options: Any) -> Any:
+    return load("imagenet", str(root), **options)
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(
+        torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)
+    )
+
+
+# --- which images ------------------------------------------------------------------------------------------
+
+
+def test_folders_are_indexed_in_the_order_of_their_names(tree: Path) -> None:
+    data = data_of(tree / "folders")
+    assert (data.class_names, data.in_channels, data.num_classes) == (CLASSES, 3, 3)
+    expected = list(photographs("train", 40))
+    assert len(data.train) == len(expected) == 120
+    for number, (name, label, content) in enumerate(expected):
+        assert data.train.index.name(number) == str(tree / "folders" / "train" / name)
+        assert data.train.index.read(number) == content
+        assert data.train.index.labels[number] == label
+
+
+def test_shards_hold_the_same_images(tree: Path) -> None:
+    data = data_of(tree / "shards")
+    assert data.class_names == CLASSES
+    for number, (_, label, content) in enumerate(photographs("train", 40)):
+        assert data.train.index.read(number) == content
+        assert data.train.index.labels[number] == label
+    assert "train-000001.tar at byte" in data.train.index.name(119)
+
+
+def test_a_limit_keeps_the_classes(tree: Path) -> None:
+    data = data_of(tree / "folders", limit_train=9, limit_test=3)
+    assert np.bincount(data.train.index.labels).tolist() == [3, 3, 3]
+    assert data.test.index.labels.tolist() == [0, 1, 2]
+    assert index.evenly(5, 9).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_many_shards_keep_few_files_open(tmp_path: Path) -> None:
+    images = list(photographs("train", 30))[:70]
+    for number, (_, label, content) in enumerate(images):
+        with tarfile.open(tmp_path / f"train-{number:03d}.tar", "w") as tar:
+            add(tar, "a.jpg", content)
+            add(tar, "a.cls", str(label).encode())
+    shards = index.read_shards(sorted(map(str, tmp_path.glob("*.tar"))))
+    for _ in range(2):
+        assert [shards.read(number) for number in range(70)] == [content for _, _, content in images]
+    assert len(shards._files) == 64
+    for descriptor in shards._files.values():
+        os.close(descriptor)
+
+
+# --- which pixels ------------------------------------------------------------------------------------------
+
+
+def test_training_boxes_have_the_area_and_the_aspect() -> None:
+    chance, areas, aspects = random.Random(0), [], []
+    for _ in range(2000):
+        left, upper, right, lower = views.training_box(400, 400, RECIPE, chance)
+        assert 0 <= left < right <= 400
+        assert 0 <= upper < lower <= 400
+        areas.append((right - left) * (lower - upper) / 160_000)
+        aspects.append((right - left) / (lower - upper))
+    assert 0.078 < min(areas) < 0.1
+    assert 0.9 < max(areas) <= 1
+    assert 0.74 < min(aspects) < 0.76
+    assert 1.32 < max(aspects) < 1.36
+    assert abs(np.mean(np.log(aspects))) < 0.03, "as often wide as high"
+    thin = {views.training_box(1000, 10, replace(RECIPE, scale=(0.9, 1.0)), chance) for _ in range(20)}
+    assert thin == {(495, 0, 505, 10)}, "no box fits: the centred square"
+
+
+def test_the_papers_boxes_are_squares_of_a_random_scale() -> None:
+    chance, sides = random.Random(0), []
+    recipe = RECIPES["imagenet-resnet200"]
+    for _ in range(1000):
+        left, upper, right, lower = views.training_box(640, 512, recipe, chance)
+        assert -1e-9 <= left <= right <= 640 + 1e-9
+        assert -1e-9 <= upper <= lower <= 512 + 1e-9
+        sides.append(224 * 512 / (lower - upper))
+        assert right - left == pytest.approx(lower - upper, rel=0.01)
+    assert 255.9 <= min(sides) < 260
+    assert 476 < max(sides) <= 480.1
+
+
+def test_test_boxes_are_the_centre_and_the_corners() -> None:
+    recipe = replace(RECIPES["imagenet-resnet50-torch"], ten_crop=True)  # 224 of 256
+    found = views.test_boxes(512, 1024, recipe)
+    assert found == [
+        (32, 288, 480, 736),
+        (0, 0, 448, 448),
+        (64, 0, 512, 448),
+        (0, 576, 448, 1024),
+        (64, 576, 512, 1024),
+    ]
+    assert views.test_boxes(320, 320, RECIPES["imagenet-resnet200"]) == [(0, 0, 320, 320)]
+
+
+def test_a_view_is_the_resized_and_cropped_image() -> None:
+    """One resize of a box against the whole image resized, then cropped; with a JPEG decoded smaller at once."""
+    from sklearn.datasets import load_sample_image
+
+    whole = Image.fromarray(load_sample_image("flower.jpg"))
+    file = io.BytesIO()
+    whole.save(file, "JPEG", quality=95)
+    decoder = views.Decoder(file.getvalue())
+    recipe = replace(RECIPE, val_img_size=64, crop_pct=0.8)
+    (found,) = decoder.views(views.test_boxes(640, 427, recipe), 64, "bicubic")
+    assert decoder.image.size < (640, 427), "a large JPEG is not decoded in full"
+    scaled = whole.resize((120, 80), Image.Resampling.BICUBIC)
+    expected, shifted = (np.asarray(scaled.crop((28 + x, 8, 92 + x, 72))).astype(int) for x in (0, 1))
+    assert np.abs(found - expected).mean() < np.abs(shifted - expected).mean() / 4
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "I;16"])
+def test_every_kind_of_image_becomes_rgb(mode: str) -> None:
+    file = io.BytesIO()
+    source = (
+        Image.new("I;16", (20, 30)) if mode == "I;16" else Image.new("RGB", (20, 30), "red").convert(mode)
+    )
+    source.save(file, {"CMYK": "JPEG"}.get(mode, "PNG"))
+    found = views.Decoder(file.getvalue()).views([(0, 0, 20, 30)], 8, "bilinear")
+    assert found.shape == (1, 8, 8, 3)
+    if mode in ("CMYK", "RGBA", "P"):
+        assert np.abs(found[0, 0, 0].astype(int) - (255, 0, 0)).max() < 5
+
+
+def jitter_by_hand(image: np.ndarray, recipe: Recipe, chance: random.Random) -> np.ndarray:
+    """The augmentation as fb.resnet.torch has it, an image at a time."""
+
+    def blend(a: np.ndarray, b: Any, alpha: float) -> np.ndarray:
+        return alpha * a + (1 - alpha) * b
+
+    def grey(a: np.ndarray) -> np.ndarray:
+        return (0.299 * a[..., 0] + 0.587 * a[..., 1] + 0.114 * a[..., 2])[..., None]
+
+    for kind in chance.sample(("brightness", "contrast", "saturation"), 3):
+        alpha = 1 + chance.uniform(-recipe.color_jitter, recipe.color_jitter)
+        other = {"brightness": 0.0, "contrast": grey(image).mean(), "saturation": grey(image)}[kind]
+        image = blend(image, other, alpha)
+    alphas = [chance.gauss(0, recipe.lighting) for _ in range(3)]
+    for channel in range(3):
+        image[..., channel] += 255 * sum(
+            colour.EIGENVECTORS[channel, i] * alphas[i] * colour.EIGENVALUES[i] for i in range(3)
+        )
+    return (image - recipe.mean) / recipe.std
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_map_a_pixel_is_the_jitter_step_by_step(seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (2, 9, 7, 3), dtype=np.uint8)
+    maps = np.stack([colour.draw(RECIPE, one.mean((0, 1)), random.Random(seed)) for one in image])
+    found = colour.apply(torch.from_numpy(image), torch.from_numpy(maps), RECIPE)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    for one, result in zip(image, found, strict=True):
+        expected = jitter_by_hand(one.astype(np.float64), RECIPE, random.Random(seed))
+        np.testing.assert_allclose(result.permute(1, 2, 0).numpy(), expected, rtol=0, atol=2e-5)
+
+
+# --- batches -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, PAPER, replace(RECIPE, cutmix=1.0)], ids=["torch", "paper", "cutmix"]
+)
+def test_folders_shards_ranks_and_workers_give_the_same_batches(recipe: Recipe, tree: Path) -> None:
+    data = data_of(tree / "folders")
+    whole = [*Batches(data.train, recipe, seed=7).epoch(2)]
+    assert [tuple(images.shape) for images, _ in whole] == [(16, 3, 24, 24)] * 7 + [(8, 3, 24, 24)]
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in whole)
+    shards = data_of(tree / "shards", workers=2)
+    assert same(Batches(shards.train, recipe, seed=7).epoch(2), whole)
+    assert same(Batches(shards.train, recipe, seed=7).epoch(2, start=5), whole[5:])
+    ranks = [Batches(data_of(tree / "folders").train, recipe, 7, rank=r, world=2) for r in (0, 1)]
+    for both, one in zip(zip(*(rank.epoch(2) for rank in ranks), strict=True), whole, strict=True):
+        assert same([map(torch.cat, zip(*both, strict=True))], [one])
+    other = next(Batches(data.train, recipe, seed=8).epoch(2))
+    assert not torch.equal(other[0], whole[0][0])
+    assert not same(Batches(data.train, recipe, seed=7).epoch(3), whole)
+
+
+def test_the_models_random_stream_is_left_alone(tree: Path) -> None:
+    data, before = data_of(tree / "folders", workers=1), torch.get_rng_state()
+    next(Batches(data.train, RECIPE, seed=0).epoch(0))
+    next(plain_batches(data.test, RECIPE))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_test_has_the_centres_and_ten_crops_the_mirror_images_too(tree: Path) -> None:
+    data = data_of(tree / "folders")
+    one = list(plain_batches(data.test, RECIPE))
+    assert torch.cat([labels for _, labels in one]).tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    ten = list(plain_batches(data.test, replace(RECIPE, ten_crop=True)))
+    for (images, labels), (crops, again) in zip(one, ten, strict=True):
+        assert crops.shape == (len(labels), 10, 3, 16, 16)
+        assert torch.equal(labels, again)
+        assert torch.equal(crops[:, 0], images)
+        assert torch.equal(crops[:, 5:], crops[:, :5].flip(-1))
+        assert not torch.equal(crops[:, 1], crops[:, 4])
+    logits = logits_of(lambda x: x.mean((2, 3)), ten[0][0])
+    torch.testing.assert_close(logits, ten[0][0].mean((1, 3, 4)))
+    shared = [
+        list(plain_batches(data.test, replace(RECIPE, ten_crop=True, batch_size=29), rank=r, world=2))
+        for r in (0, 1)
+    ]
+    assert [len(labels) for rank in shared for _, labels in rank] == [15, 1, 14, 0]
+    assert shared[1][1][0].shape == (0, 10, 3, 16, 16)
+
+
+def test_a_pass_that_another_one_has_ended_says_so(tree: Path) -> None:
+    batches = Batches(data_of(tree / "folders").train, RECIPE, seed=0)
+    first = batches.epoch(0)
+    next(first)
+    next(batches.epoch(1))
+    with pytest.raises(RuntimeError, match="a new pass over these images began"):
+        next(first)
+
+
+# --- worker processes --------------------------------------------------------------------------------------
+
+
+def workers_of(source: files.Files) -> list[Any]:
+    assert source._made is not None
+    return source._made._iterator._workers
+
+
+def test_workers_stay_ignore_ctrl_c_and_a_death_is_one_line(tree: Path) -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    source = data_of(tree / "folders", workers=2).train
+    batches = Batches(source, RECIPE, seed=0)
+    whole = list(batches.epoch(0))
+    pids = [worker.pid for worker in workers_of(source)]
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)
+    assert same(batches.epoch(0), whole)
+    assert [worker.pid for worker in workers_of(source)] == pids
+    assert signal.getsignal(signal.SIGCHLD) is before, "PyTorch's handler raises in the middle of anything"
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(
+        ChildProcessError, match=r"a process that decodes images has died.*--workers \(now 2\)"
+    ):
+        list(batches.epoch(1))
+
+
+# --- images that cannot be read ----------------------------------------------------------------------------
+
+
+def damage(root: Path) -> list[Path]:
+    paths = sorted((root / "train" / "flower").iterdir())[2:5]
+    paths[0].write_bytes(paths[0].read_bytes()[:700])
+    paths[1].write_text("<html>not found</html>")
+    paths[2].write_bytes(b"")
+    return paths
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_are_replaced_by_the_next_and_counted(workers: int, folders: Path) -> None:
+    paths = damage(folders)
+    data = data_of(folders, workers=workers)
+    batches = Batches(data.train, RECIPE, seed=0)
+    found = list(batches.epoch(0))
+    assert data.notes() == [f"train: {data.train.note()}"]
+    assert data.train.note().startswith(f"3 images could not be read, others took their place: {paths[0]}: ")
+    assert data.test.note() is None
+    # The same as if the next good one stood in their place.
+    for path in paths:
+        shutil.copy(sorted((folders / "train" / "flower").iterdir())[5], path)
+    assert same(Batches(data_of(folders).train, RECIPE, seed=0).epoch(0), found)
+
+
+def test_unreadable_images_are_an_error_if_asked_for(folders: Path) -> None:
+    paths = damage(folders)
+    batches = Batches(data_of(folders, on_bad_image="error").train, RECIPE, seed=0)
+    with pytest.raises(Unreadable, match=r"train/flower/.*JPEG: .*--on-bad-image skip") as caught:
+        list(batches.epoch(0))
+    assert any(str(path) in str(caught.value) for path in paths)
+
+
+def test_a_tree_of_nothing_readable_ends(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "TRIES", 5)
+    for path in (folders / "val").rglob("*.JPEG"):
+        path.write_bytes(b"no image")
+    with pytest.raises(Unreadable, match=r"5 images in a row cannot be read: .*val/china/"):
+        list(plain_batches(data_of(folders).test, RECIPE))
+
+
+def test_an_image_that_unpacks_to_gigabytes_is_unreadable(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+    file = io.BytesIO()
+    Image.new("RGB", (200, 150)).save(file, "PNG")
+    (folders / "train" / "china" / "china_0003.JPEG").write_bytes(file.getvalue())
+    data = data_of(folders)
+    list(Batches(data.train, RECIPE, seed=0).epoch(0))
+    assert "decompression bomb" in data.train.note()
+
+
+# --- trees and shards that are wrong -----------------------------------------------------------------------
+
+
+def test_a_missing_split_is_named_with_what_is_there(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--data imagenet needs --data-dir"):
+        load("imagenet")
+    with pytest.raises(FileNotFoundError, match=r"data_dir='.*nowhere': no such folder"):
+        data_of(tmp_path / "nowhere")
+    (folders / "val").rename(folders / "validation")
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder train/ and no shards train-\*\.tar.*holds: train, vali"
+    ):
+        data_of(folders)
+    assert data_of(folders, splits=("train", "validation")).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [("val", "train/china and 1 more not in val/"), ("train", "val/china and 1 more not in train/")],
+)
+def test_classes_that_differ_are_named(split: str, said: str, folders: Path) -> None:
+    for name in ("china", "mirror"):
+        shutil.rmtree(folders / split / name)
+    with pytest.raises(ValueError, match=f"the class folders differ: {said}"):
+        data_of(folders)
+
+
+def test_an_empty_class_is_named(folders: Path) -> None:
+    for path in (folders / "train" / "mirror").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    with pytest.raises(ValueError, match=r"train/mirror: a class without images; allowed are .*\.jpg"):
+        data_of(folders)
+    shutil.rmtree(folders / "val")
+    (folders / "val").mkdir()
+    with pytest.raises(ValueError, match="no class folders in val/"):
+        data_of(folders)
+
+
+JPEG = next(photographs("train", 1))[2]
+
+
+def shard(path: Path, *members: tuple[str, bytes], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, content in members:
+            add(tar, name, content)
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ([("a.jpg", JPEG)], r"a has no label \(\.cls\)"),
+        ([("a.cls", b"0")], "a has no image"),
+        ([("a.jpg", JPEG), ("a.cls", b"cat")], "a.cls holds b'cat', expected a class number"),
+        ([("a.jpg", JPEG), ("a.cls", b"-1")], "a.cls holds b'-1'"),
+        ([("a.jpg", JPEG), ("a.cls", b"1" * 30)], "a.cls has 30 bytes"),
+        ([("a.jpg", JPEG), ("a.jpg", JPEG), ("a.cls", b"0")], "a.jpg: a second one of its key"),
+        ([("b.txt", b"")], "no images in this shard"),
+    ],
+)
+def test_a_shard_of_something_else_is_named(
+    members: list[tuple[str, bytes]], said: str, tmp_path: Path
+) -> None:
+    shard(tmp_path / "train-0.tar", *members)
+    with pytest.raises(ValueError, match=rf"train-0\.tar: .*{said}"):
+        index.read_shards([str(tmp_path / "train-0.tar")])
+
+
+def test_shards_that_are_cut_packed_or_linked_are_named(tree: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train-0.tar"
+    whole = (tree / "shards" / "train-000000.tar").read_bytes()
+    for size in (0, 100, 512, 5000, len(whole) // 2, len(whole) - 10_240):
+        path.write_bytes(whole[:size])
+        with pytest.raises(
+            ValueError, match=rf"train-0\.tar: truncated, damaged or no plain tar file, {size} b"
+        ):
+            index.read_shards([str(path)])
+    shard(path, ("a.jpg", JPEG), ("a.cls", b"0"), mode="w:gz")
+    with pytest.raises(ValueError, match="no plain tar file"):
+        index.read_shards([str(path)])
+    with tarfile.open(path, "w") as tar:
+        link = tarfile.TarInfo("a.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        add(tar, "a.cls", b"0")
+    with pytest.raises(ValueError, match=r"a\.jpg is a link or no plain file"):
+        index.read_shards([str(path)])
+
+
+def test_names_that_leave_the_folder_do_no_harm(tmp_path: Path) -> None:
+    """Nothing is unpacked: a member's name is only a key."""
+    shard(
+        tmp_path / "train-0.tar",
+        ("../../evil.jpg", JPEG),
+        ("../../evil.cls", b"0"),
+        ("/abs.jpg", JPEG),
+        ("/abs.cls", b"1"),
+    )
+    shards = index.read_shards([str(tmp_path / "train-0.tar")])
+    assert [shards.read(0), shards.read(1)] == [JPEG, JPEG]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train-0.tar"]
+
+
+def test_class_names_beside_shards_must_be_enough(tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree / "shards", tmp_path / "data")
+    (tmp_path / "data" / "classnames.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match=r"classnames\.txt: 2 names, but class 2 is in the shards"):
+        data_of(tmp_path / "data")
+    (tmp_path / "data" / "classnames.txt").unlink()
+    assert data_of(tmp_path / "data").class_names == ("0", "1", "2")
+
+
+# --- the program -------------------------------------------------------------------------------------------
+
+SMALL = ["--img-size", "8", "--val-img-size", "8", "--batch-size", "30", "--epochs", "2", "--device", "cpu"]
+
+
+def test_the_program_trains_tests_and_resumes(
+    tree: Path, tiny_model: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", "imagenet", "--data-dir", str(tree / "shards"), "--workers", "1", *SMALL]
+    assert cli.main([*flags, "--out", str(tmp_path / "run"), "--bn-recalibrate"]) == 0
+    shown = capsys.readouterr().out
+    assert "preact_resnet50 on imagenet, 2 epochs of 120 images, batch 30" in shown
+    assert "could not be read" not in shown
+    assert (
+        cli.main(["--eval", str(tmp_path / "run"), "--ten-crop", "--crop-pct", "0.5", "--workers", "0"]) == 0
+    )
+    assert "30 images" in capsys.readouterr().out
+    assert cli.main(["--resume", str(tmp_path / "run"), "--data-dir", str(tree / "folders")]) == 0
