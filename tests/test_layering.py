@@ -61,7 +61,7 @@ THIRD_PARTY: dict[str, dict[str, set[str]]] = {
     "kernels": {"now": {"triton"}, "later": {"triton"}},
     "train": {
         "now": {"numpy"},
-        "later": {"numpy", "sklearn", "matplotlib", "PIL", "safetensors", "simplejpeg"},
+        "later": {"numpy", "sklearn", "matplotlib", "PIL", "safetensors", "simplejpeg", "tqdm"},
     },
     "tune": {"now": {"triton"}, "later": {"triton"}},
 }

@@ -14,6 +14,7 @@ from typing import IO, cast
 import numpy as np
 
 from .archive import PIECE, Pieces, check_plain
+from .download import ARCHIVES, fetch
 
 IMAGE_SHAPE = (3, 32, 32)
 IMAGE_BYTES = 3 * 32 * 32
@@ -75,10 +76,11 @@ CLASS_NAMES: Mapping[str, tuple[str, ...]] = {
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N,3,32,32], labels int64 [N]
 
 
-def read(name: str, data_dir: str | None) -> tuple[Arrays, Arrays]:
+def read(name: str, data_dir: str | None, *, download: bool = False) -> tuple[Arrays, Arrays]:
     """(train, test) of ``cifar10`` or ``cifar100``.
 
-    ``data_dir`` holds the archive, or the folder unpacked from it, or is that folder.
+    ``data_dir`` holds the archive, or the folder unpacked from it, or is that folder; with ``download`` the archive
+    is fetched into it where it holds neither, and one that is there must be the published one.
     Raises FileNotFoundError for a missing file, another OSError for one that cannot be opened, and ValueError for a
     truncated or damaged one, or one that holds something else. Sizes are compared before that much is read.
     """
@@ -95,14 +97,16 @@ def read(name: str, data_dir: str | None) -> tuple[Arrays, Arrays]:
                 raw, layout.test, layout, str(folder)
             )
     archive = root / layout.archive
+    if download:
+        fetch(ARCHIVES[name], archive)
     if archive.exists():
         raw = _read_archive(archive, layout)
         return _decode(raw, layout.train, layout, str(archive)), _decode(
             raw, layout.test, layout, str(archive)
         )
     raise FileNotFoundError(
-        f"data_dir={data_dir!r}: no {layout.archive}, no {layout.folder}/ and no .bin files in it; get the "
-        f"*binary* version from https://www.cs.toronto.edu/~kriz/{layout.archive}"
+        f"data_dir={data_dir!r}: no {layout.archive}, no {layout.folder}/ and no .bin files in it; --download gets "
+        f"{ARCHIVES[name].url}, the *binary* version"
     )
 
 

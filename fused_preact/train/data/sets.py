@@ -70,13 +70,15 @@ def load(
     limit_train: int | None = None,
     limit_test: int | None = None,
     *,
+    download: bool = False,
     splits: tuple[str, str] = ("train", "val"),
     workers: int = 0,
     on_bad_image: str = "skip",
 ) -> DataSet:
     """Data set ``name`` on ``device``; ``data_dir`` is for CIFAR and ImageNet, the limits are for quick trials.
 
-    The limits take the first images, of files ones at equal distances. ``splits`` and what follows is ImageNet's.
+    The limits take the first images, of files ones at equal distances. ``download`` is CIFAR's, ``splits`` and what
+    follows it ImageNet's.
     """
     if name not in DATASETS:
         raise ValueError(f"data={name!r}: unknown data set; allowed: {', '.join(DATASETS)}")
@@ -92,7 +94,7 @@ def load(
         train, test = digits()
         class_names = tuple(map(str, range(10)))
     else:
-        arrays, class_names = cifar.read(name, data_dir), cifar.CLASS_NAMES[name]
+        arrays, class_names = cifar.read(name, data_dir, download=download), cifar.CLASS_NAMES[name]
         train, test = (Split(torch.from_numpy(images), torch.from_numpy(labels)) for images, labels in arrays)
     train, test = train.first(limit_train), test.first(limit_test)
     known = partial(replace, num_classes=len(class_names), pixel_mean=train.mean_image())
@@ -108,6 +110,7 @@ def load_for(config: Config) -> DataSet:
         config.device,
         config.limit_train,
         config.limit_test,
+        download=config.download,
         splits=(config.train_split, config.val_split),
         workers=config.workers,
         on_bad_image=config.on_bad_image,
