@@ -1,7 +1,7 @@
-"""Ctrl-C while the training program loads: one line and status 130 instead of the traceback of some import.
+"""Ctrl-C while one of the package's programs loads: one line and status 130 instead of the traceback of an import.
 
-``python -m fused_preact.train`` imports the package, and with it torch, before a line of the program runs; that takes
-seconds, so the package's first import has to be this. It does nothing in any other process.
+``python -m`` imports the package, and with it torch, before a line of the program runs; that takes seconds, so the
+package's first import has to be this. It does nothing in any other process.
 """
 
 import os
@@ -30,6 +30,8 @@ def loaded() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+PROGRAMS = ("fused_preact.train", "fused_preact.predict")
+
 # argv[0] is "-m" only while the interpreter looks for the program: now, for a program of this package.
-if sys.argv[:1] == ["-m"] and any(word.endswith("fused_preact.train") for word in sys.orig_argv):
+if sys.argv[:1] == ["-m"] and any(word.endswith(PROGRAMS) for word in sys.orig_argv):
     while_loading()

@@ -50,6 +50,7 @@ LAW: dict[str, set[str]] = {
     },
     "env": {"ops", "kernels", "fused_preact"},
     "train": {"_interrupt", "models", "fused_preact"},
+    "predict": {"_interrupt", "train"},
     "tune": {"models", "ops", "reference", "kernels", "fused_preact"},
 }
 LAZY = {"kernels"}

@@ -7,15 +7,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import Config, Recipe
-from .data import DataSet
 from .world import World
+
+
+class Shape(Protocol):
+    """What a network has to know of the data: a ``DataSet``, or what a file of weights says of one."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def in_channels(self) -> int: ...
 
 
 def model_options(config: Config) -> dict[str, Any]:
@@ -24,7 +33,7 @@ def model_options(config: Config) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def build_model(config: Config, data: DataSet, *, fused: bool) -> nn.Module:
+def build_model(config: Config, data: Shape, *, fused: bool) -> nn.Module:
     """The model of ``config`` with the initial weights of its seed, the same for fused and plain."""
     from fused_preact import models  # not at the top: --help should not wait for the kernels
 

@@ -39,21 +39,41 @@ class DataSet:
         return [f"{name}: {note}" for name, note in found if note is not None]
 
     def card(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the data, so that a prediction needs none: names and the mean image or None."""
-        mean = self.train.pixel_mean if isinstance(self.train, Split) else None
-        return {"class_names": list(self.class_names), "pixel_mean": None if mean is None else mean.cpu()}
+        """What a checkpoint keeps of the data, so that a prediction needs none. ``check_card`` is its other half.
+
+        ``class_names``; ``in_channels``; ``image_size`` (height and width) and ``white``, the stored value of white,
+        of images that all have one size, else None and 255; ``pixel_mean``, the mean image or None.
+        """
+        split = self.train if isinstance(self.train, Split) else None
+        mean = None if split is None else split.pixel_mean
+        return {
+            "class_names": list(self.class_names),
+            "in_channels": self.in_channels,
+            "image_size": None if split is None else list(split.images.shape[-2:]),
+            "white": 16 if self.name == "digits" else 255,
+            "pixel_mean": None if mean is None else mean.cpu(),
+        }
 
 
 def check_card(card: object, data: DataSet | None = None) -> None:
     """ValueError unless ``card`` is what ``DataSet.card`` makes, and of the classes of ``data`` where it is given."""
-    if not isinstance(card, Mapping) or set(card) != {"class_names", "pixel_mean"}:
+    names_of = {"class_names", "in_channels", "image_size", "white", "pixel_mean"}
+    if not isinstance(card, Mapping) or set(card) != names_of:
         raise ValueError("checkpoint has no class names and mean image in data_card")
-    names, mean = card["class_names"], card["pixel_mean"]
+    names, size, mean = card["class_names"], card["image_size"], card["pixel_mean"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError("checkpoint has class_names that are no list of names")
-    plain = isinstance(mean, Tensor) and mean.layout == torch.strided and mean.ndim == 3
-    if mean is not None and not (plain and mean.dtype == torch.float32):
-        raise ValueError("checkpoint has a pixel_mean that is no float32 tensor of three dimensions")
+    for name, value in (("in_channels", card["in_channels"]), ("white", card["white"])):
+        if type(value) is not int or not 1 <= value <= 255:
+            raise ValueError(f"checkpoint has {name} that is no number from 1 to 255")
+    if size is not None and not (
+        isinstance(size, list) and len(size) == 2 and all(type(n) is int and 1 <= n <= 4096 for n in size)
+    ):
+        raise ValueError("checkpoint has image_size that is neither None nor two numbers from 1 to 4096")
+    if mean is not None:
+        plain = isinstance(mean, Tensor) and mean.layout == torch.strided and mean.dtype == torch.float32
+        if size is None or not plain or list(mean.shape) != [card["in_channels"], *size]:
+            raise ValueError("checkpoint has a pixel_mean that is no float32 tensor of an image's shape")
     if data is None:
         return
     if len(names) != data.num_classes:

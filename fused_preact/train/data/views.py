@@ -37,6 +37,11 @@ def training_box(width: int, height: int, recipe: Recipe, chance: random.Random)
         if 0 < w <= width and 0 < h <= height:
             left, upper = chance.randint(0, width - w), chance.randint(0, height - h)
             return left, upper, left + w, upper + h
+    return centre(width, height)
+
+
+def centre(width: int, height: int) -> Box:
+    """The largest square in the middle."""
     side = min(width, height)
     left, upper = (width - side) // 2, (height - side) // 2
     return left, upper, left + side, upper + side
