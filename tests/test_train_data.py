@@ -362,8 +362,7 @@ def test_the_mean_image_is_subtracted_where_the_recipe_says_so() -> None:
         (10, 4, [4, 4, 2]),
         (8, 4, [4, 4]),
         (3, 2, [2]),
-        (2, 64, [2]),
-        (3, 64, [3]),
+        (2, 2, [2]),
     ],
 )
 def test_an_image_left_over_is_left_out(images: int, batch_size: int, sizes: list[int]) -> None:
@@ -376,6 +375,11 @@ def test_an_image_left_over_is_left_out(images: int, batch_size: int, sizes: lis
     assert all(len(labels.unique()) == batches.images for labels in seen)
     if images == 1297:
         assert seen[0].sum() != seen[1].sum(), "another one each epoch"
+
+
+def test_fewer_images_than_a_batch_are_named() -> None:
+    with pytest.raises(ValueError, match=r"train=9 images, batch_size=64: fewer images .*batches of up to 9"):
+        Batches(some(9), RECIPES["digits"], seed=0)
 
 
 @pytest.mark.parametrize("images", [0, 1])

@@ -65,7 +65,7 @@ class Batches:
     each epoch. The shares of a last batch can differ by one image: weigh a rank's mean loss with
     ``len(labels) * world / count(step)`` where gradients are averaged over ranks.
 
-    Raises ValueError for fewer images than that, and for a batch size that ``world`` does not divide.
+    Raises ValueError for fewer images than a batch has, and for a batch size that ``world`` does not divide.
     """
 
     def __init__(self, source: Source, recipe: Recipe, seed: int, *, rank: int = 0, world: int = 1) -> None:
@@ -83,6 +83,11 @@ class Batches:
         if len(source) < 2 * world:
             ranks = "" if world == 1 else f" for each of {world} processes"
             raise ValueError(f"train={len(source)} images: BN needs at least 2 to train on{ranks}")
+        if len(source) < recipe.batch_size:
+            raise ValueError(
+                f"train={len(source)} images, batch_size={recipe.batch_size}: fewer images than a batch; allowed: "
+                f"batches of up to {len(source)}"
+            )
         self.source, self.recipe, self.seed = source, recipe, seed
         self.rank, self.world = rank, world
 
