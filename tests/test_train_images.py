@@ -20,7 +20,7 @@ from PIL import Image
 
 from fused_preact.train import cli
 from fused_preact.train.config import Recipe
-from fused_preact.train.data import Batches, colour, files, index, load, plain_batches, views
+from fused_preact.train.data import Batches, colour, files, index, load, memory, plain_batches, views
 from fused_preact.train.data.files import Unreadable
 from fused_preact.train.loop import logits_of
 from fused_preact.train.recipes import RECIPES
@@ -86,7 +86,7 @@ def test_a_limit_keeps_the_classes(tree: Path) -> None:
     data = data_of(tree / "folders", limit_train=9, limit_test=3)
     assert np.bincount(data.train.index.labels).tolist() == [3, 3, 3]
     assert data.test.index.labels.tolist() == [0, 1, 2]
-    assert index.evenly(5, 9).tolist() == [0, 1, 2, 3, 4]
+    assert memory.evenly(5, 9).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_many_shards_keep_few_files_open(tmp_path: Path) -> None:
@@ -469,7 +469,17 @@ SMALL = ["--img-size", "8", "--val-img-size", "8", "--batch-size", "30", "--epoc
 def test_the_program_trains_tests_and_resumes(
     tree: Path, tiny_model: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--data", "imagenet", "--data-dir", str(tree / "shards"), "--workers", "1", *SMALL]
+    flags = [
+        "--data",
+        "imagenet",
+        "--data-dir",
+        str(tree / "shards"),
+        "--workers",
+        "1",
+        *SMALL,
+        "--bn-images",
+        "60",
+    ]
     assert cli.main([*flags, "--out", str(tmp_path / "run"), "--bn-recalibrate"]) == 0
     shown = capsys.readouterr().out
     assert "preact_resnet50 on imagenet, 2 epochs of 120 images, batch 30" in shown
@@ -479,3 +489,19 @@ def test_the_program_trains_tests_and_resumes(
     )
     assert "30 images" in capsys.readouterr().out
     assert cli.main(["--resume", str(tmp_path / "run"), "--data-dir", str(tree / "folders")]) == 0
+
+
+def test_the_program_tells_of_unreadable_images(
+    folders: Path, tiny_model: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = damage(folders)
+    flags = ["--data", "imagenet", "--data-dir", str(folders), "--workers", "0", *SMALL, "--batch-size", "8"]
+    assert cli.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "could not be read" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"train: 3 images could not be read, others took their place: {paths[0]}: ")
+    assert cli.main([*flags, "--out", str(tmp_path / "other"), "--on-bad-image", "error"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert "--on-bad-image skip would take the next image; " in shown
+    assert shown.count("\n") == 1

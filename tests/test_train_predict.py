@@ -17,7 +17,7 @@ from train_helpers import CONFIG, start
 
 from fused_preact import predict
 from fused_preact.predict import Predictor
-from fused_preact.train import checkpoint, run, weights
+from fused_preact.train import checkpoint, cli, fit, weights
 from fused_preact.train.config import Config
 from fused_preact.train.data import DataSet, cifar, load, plain_batches
 from fused_preact.train.loop import Trainer, logits_of
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def digits_run(data: DataSet, tiny_model: None, tmp_path: Path) -> Path:
-    run.fit(CONFIG, data, tmp_path / "run")
+    fit.fit(CONFIG, data, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -73,8 +73,8 @@ def test_cifar_keeps_its_mean_image_in_a_safetensors_file(
     monkeypatch.setattr(cifar, "LAYOUTS", TINY)
     write("cifar10", "folder", tmp_path)
     data = load("cifar10", str(tmp_path))
-    config = Config("cifar10", RECIPES[recipe], fused=False)
-    payload = checkpoint.pack(Trainer(config, data, fused=False), 0, [])
+    config = Config("cifar10", replace(RECIPES[recipe], batch_size=2), fused=False)
+    payload = checkpoint.pack(Trainer(config, data, fused=False), [])
     weights.write(tmp_path / "w.safetensors", weights.of_payload(payload))
     found = weights.read(tmp_path / "w.safetensors")
     assert found.config == config
@@ -95,7 +95,7 @@ def test_images_of_files_are_predicted_as_in_the_test(ten_crop: bool, tmp_path: 
         RECIPES["imagenet-resnet18-torch"], img_size=32, val_img_size=32, ten_crop=ten_crop, batch_size=4
     )
     config = Config("imagenet", recipe, fused=False)
-    payload = checkpoint.pack(Trainer(config, data, fused=False), 0, [])
+    payload = checkpoint.pack(Trainer(config, data, fused=False), [])
     predictor = Predictor(weights.of_payload(payload))
     paths = [data.test.index.name(number) for number in range(6)]
     found = predictor.logits(torch.stack([predictor.read(path) for path in paths]))
@@ -206,6 +206,58 @@ def test_weights_of_another_network_name_the_first_difference(data: DataSet) -> 
     with pytest.raises(ValueError, match=f"file: lacks {name}, which the model has"):
         weights.load_into(model, {key: value for key, value in state.items() if key != name}, "file")
     assert torch.equal(model.state_dict()[name], before)
+
+
+FLAGS = ["--epochs", "1", "--limit-train", "128", "--limit-test", "50", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("form", ["last.pt", "safetensors"])
+def test_a_run_begins_with_weights_and_leaves_them(form: str, tiny_model: None, tmp_path: Path) -> None:
+    first, exported = tmp_path / "first", tmp_path / "new" / "w.safetensors"
+    assert cli.main([*FLAGS, "--out", str(first), "--export", str(exported)]) == 0
+    state = checkpoint.load(first)["state"]
+    assert all(torch.equal(value, state[name]) for name, value in weights.read(exported).state.items())
+    source = first if form == "last.pt" else exported
+    flags = [*FLAGS, "--initial-checkpoint", str(source), "--lr", "0", "--out", str(tmp_path / "second")]
+    assert cli.main(flags) == 0
+    again = checkpoint.load(tmp_path / "second")["state"]
+    same = [name for name, value in state.items() if torch.equal(again[name], value)]
+    assert set(state) - set(same) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert (
+        cli.main(["--eval", str(first), "--export", str(tmp_path / "again.safetensors"), "--device", "cpu"])
+        == 0
+    )
+    one, other = weights.read(tmp_path / "again.safetensors"), weights.read(exported)
+    assert one.config == other.config
+    assert all(torch.equal(value, other.state[name]) for name, value in one.state.items())
+
+
+def test_flags_about_weights_are_checked_before_training(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "w.safetensors"
+    found = weights.read(digits_run)
+    weights.write(file, replace(found, state={**found.state, "5.weight": torch.zeros(9, 36)}))
+    for flags, said in (
+        (["--initial-checkpoint", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (
+            ["--initial-checkpoint", str(file)],
+            "5.weight is torch.float32 [9, 36], the model's is torch.float32 [10, 36]",
+        ),
+        (
+            ["--initial-checkpoint", str(digits_run), "--resume", str(digits_run)],
+            "--initial-checkpoint begins a run",
+        ),
+        (["--export", str(tmp_path / "w.pt")], "w.pt: must end in .safetensors"),
+        (["--export", str(file / "w.safetensors")], "w.safetensors"),
+        (["--bn-images", "1"], "bn_images=1: must be at least 2"),
+    ):
+        out = [] if "--resume" in flags else ["--out", str(tmp_path / "out")]
+        assert cli.main([*flags, *out, "--device", "cpu"]) == 2, flags
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err[:7], shown.err.count("\n")) == ("", "error: ", 1)
+        assert said in shown.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_program_as_a_process(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import checkpoint, signals
+from torch import Tensor
+
+from . import checkpoint, signals, weights
 from .config import Config
 from .data import DataSet
 from .log import Log, Row, TensorBoard, metrics_csv, metrics_jsonl
@@ -30,11 +32,17 @@ class Options:
     """How many of the last checkpoints stay."""
     tensorboard: bool = False
     recalibrate: bool = False
+    bn_images: int | None = None
+    """Of how many training images, None for all, BN's statistics are then."""
+    initial: Mapping[str, Tensor] | None = None
+    """Weights to begin with in place of random ones."""
     quiet: bool = False
 
     def __post_init__(self) -> None:
         if self.checkpoint_minutes is not None and not 0 <= self.checkpoint_minutes < math.inf:
             raise ValueError(f"checkpoint_minutes={self.checkpoint_minutes}: must be finite and not negative")
+        if self.bn_images is not None and self.bn_images < 2:  # BN cannot take the variance of one value
+            raise ValueError(f"bn_images={self.bn_images}: must be at least 2")
         if self.keep < 1:
             raise ValueError(f"keep={self.keep}: must be at least 1")
 
@@ -125,6 +133,8 @@ def fit(
         run = _Run(trainer, out, options, asked)
         if resume is not None:
             run.resume(resume)
+        elif options.initial is not None:
+            weights.begin_from(trainer, options.initial, "initial checkpoint")
         board = None
         if world.first:
             settings = (json.dumps(config.to_dict(), indent=2) + "\n").encode()
@@ -139,6 +149,8 @@ def fit(
             if board is not None:
                 board.epoch(row)
         log.close()
+        for note in sorted(set().union(*world.gather(data.notes()))):
+            log.line(note)
         recalibrated = _recalibrate(run) if options.recalibrate else None
         if world.first:
             # A run killed between two files, or resumed when complete, gets its metrics from the checkpoint.
@@ -179,7 +191,7 @@ def _epoch(run: _Run, log: Log, memory: PeakMemory) -> Row:
 
 
 def _recalibrate(run: _Run) -> float:
-    run.trainer.recalibrate()
+    run.trainer.recalibrate(run.options.bn_images)
     accuracy = run.trainer.evaluate().accuracy
     payload = checkpoint.pack(run.trainer, run.rows)
     if run.world.first:
@@ -187,17 +199,17 @@ def _recalibrate(run: _Run) -> float:
     return accuracy
 
 
-def evaluate(config: Config, data: DataSet, payload: dict[str, Any], *, recalibrate: bool, world: World) -> list[str]:
+def evaluate(config: Config, data: DataSet, payload: dict[str, Any], *, options: Options, world: World) -> list[str]:
     """What a checkpoint scores on the test split, a line for the weights and one for their average."""
     trainer = Trainer(config, data, fused=config.fused, world=world)
     checkpoint.restore(trainer, payload)
-    if recalibrate:
-        trainer.recalibrate()
+    if options.recalibrate:
+        trainer.recalibrate(options.bn_images)
     lines = [_told(trainer.evaluate(), data)]
     if trainer.ema is not None:
         with trainer.ema.in_place():
             lines.append(f"averaged weights: {_told(trainer.evaluate(), data)}")
-    return lines
+    return lines + sorted(set().union(*world.gather(data.notes())))
 
 
 def _told(stats: EpochStats, data: DataSet) -> str:

@@ -66,6 +66,12 @@ def add_data(group: Any) -> None:
 
 def add_recipe(group: Any) -> None:
     """Augmentation and labels; the default of each is the recipe's."""
+    group.add_argument(
+        "--bn-images",
+        type=int,
+        metavar="N",
+        help="training images for --bn-recalibrate, at equal distances (all)",
+    )
     group.add_argument("--warmup-lr", type=float, metavar="X", help="where the warm-up begins")
     group.add_argument("--smoothing", type=float, metavar="X", help="label smoothing")
     group.add_argument("--mixup", type=float, metavar="A", help="mixup with Beta(A, A); 0 is off")
@@ -97,6 +103,20 @@ def add_recipe(group: Any) -> None:
         action="store_const",
         const=True,
         help="imagenet: test on centre and corners, each mirrored too",
+    )
+
+
+def add_weights(group: Any) -> None:
+    """Weights from and for elsewhere."""
+    group.add_argument(
+        "--initial-checkpoint",
+        metavar="FILE",
+        help="begin with the weights of a checkpoint or a .safetensors file of the same network",
+    )
+    group.add_argument(
+        "--export",
+        metavar="FILE",
+        help="at the end, or with --eval, write the weights as a .safetensors file",
     )
 
 

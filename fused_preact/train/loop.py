@@ -284,10 +284,10 @@ class Trainer:
             total / seen, 100 * right / seen, seen / seconds, seconds, top5=100 * in_five / seen
         )
 
-    def recalibrate(self) -> None:
+    def recalibrate(self, count: int | None = None) -> None:
         """Replace BN's running statistics by the plain average over the training images, not augmented.
 
-        The exponential average lags behind the weights; the published ResNet-v2 models were recomputed like this.
+        ``count`` of them, at equal distances, or all. The exponential average lags behind the weights; the published ResNet-v2 models were recomputed like this.
         As in training, an image left over for a batch of its own is left out. Ranks average what they found.
         """
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -297,7 +297,7 @@ class Trainer:
             norm.momentum = None  # PyTorch's cumulative average
         self.model.train()
         with torch.no_grad(), self.autocast():
-            for images, _ in self._plain(self.data.train, at_least=2):
+            for images, _ in self._plain(self.data.train.spread(count), at_least=2):
                 # Of several views any serves: the recipe's first.
                 self.model(self.as_wanted(images[:, 0] if images.ndim == 5 else images))
         for norm, momentum in zip(norms, momenta, strict=True):

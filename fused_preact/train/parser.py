@@ -174,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
     )
     files.add_argument("--keep", type=int, metavar="K", help="keep the last K checkpoints (1) beside the best")
     files.add_argument("--log-tensorboard", action="store_true", help="also write TensorBoard's event files")
+    flags.add_weights(files)
     files.add_argument("--resume", metavar="PATH", help="go on from a checkpoint or a run's folder, exactly")
     files.add_argument("--eval", metavar="PATH", help="only test a checkpoint")
     return top

@@ -13,7 +13,7 @@ import torch
 
 import fused_preact
 
-from . import checkpoint, paper, run, study
+from . import checkpoint, paper, run, study, weights
 from .config import Config
 from .data import Batches, DataSet, load_for
 from .fit import Options, evaluate
@@ -133,6 +133,7 @@ def _work(args: argparse.Namespace, found: _Found, world: World) -> tuple[Work, 
     data = load_for(replace(config, device=str(world.device(config.device))))
     for one in configs:
         _check_network(one, data)
+    _check_weights(args, config, data)
     check_shares(config, data, world)
     folders = [out]
     if payload is not None:
@@ -153,6 +154,8 @@ def _work(args: argparse.Namespace, found: _Found, world: World) -> tuple[Work, 
             options=options,
             world=world,
         )
+        if args.export and world.first:
+            _export(args.export, checkpoint.load(out / "recalibrated.pt" if args.bn_recalibrate else out))
 
     def repeat() -> None:
         assert found.study is not None
@@ -164,10 +167,13 @@ def _work(args: argparse.Namespace, found: _Found, world: World) -> tuple[Work, 
         assert payload is not None
         place = f" and {payload['step']} steps" if payload["step"] else ""
         log = Log(speak=world.first)
-        for line in evaluate(config, data, payload, recalibrate=args.bn_recalibrate, world=world):
+        for line in evaluate(config, data, payload, options=options, world=world):
             log.line(
                 f"{args.eval}: {config.recipe.model} on {data.name} after {payload['epoch']} epochs{place}: {line}"
             )
+
+        if args.export and world.first:
+            _export(args.export, payload)
 
     chosen = test if args.eval else repeat if found.study is not None else train
 
@@ -192,6 +198,8 @@ def _options(args: argparse.Namespace) -> Options:
         keep=1 if args.keep is None else args.keep,
         tensorboard=args.log_tensorboard,
         recalibrate=args.bn_recalibrate,
+        bn_images=args.bn_images,
+        initial=weights.initial(args.initial_checkpoint) if args.initial_checkpoint else None,
     )
 
 
@@ -238,6 +246,27 @@ def check_shares(config: Config, data: DataSet, world: World) -> None:
             f"batch_size={recipe.batch_size}, grad_accum_steps={parts}, {world.size} processes: every part of a "
             f"batch must have as many images, at least 2; allowed: multiples of {unit} from {2 * unit}"
         )
+
+
+def _check_weights(args: argparse.Namespace, config: Config, data: DataSet) -> None:
+    """ValueError or OSError for weights that do not fit, or that could not be written at the end."""
+    if args.initial_checkpoint:
+        if args.resume or args.eval:
+            raise ValueError("--initial-checkpoint begins a run: leave --resume and --eval away")
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            ours = build_model(config, data, fused=config.fused).state_dict()
+        file = args.initial_checkpoint
+        weights.check_state(ours, weights.initial(file), f"--initial-checkpoint {file}")
+    if args.export:
+        if args.seeds is not None or args.table is not None:
+            raise ValueError("--export: of one run; export a run of --seeds or --table with --eval")
+        if args.eval and args.bn_recalibrate:
+            raise ValueError("--export with --eval writes the weights as they are: leave --bn-recalibrate away")
+        weights.check_target(Path(args.export))
+
+
+def _export(file: str, payload: dict[str, Any]) -> None:
+    weights.write(Path(file), weights.of_payload(payload))
 
 
 def _check_folder(folder: Path, args: argparse.Namespace) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import checkpoint
 from .config import Config
 from .data import check_card
-from .networks import build_model
+from .loop import Trainer
+from .networks import build_model, like
 
 SUFFIX = ".safetensors"
 KEYS = ("config", "data_card")  # of a file's metadata, as JSON
@@ -74,14 +75,25 @@ def read(path: str | Path) -> Weights:
     return Weights(state, config, card)
 
 
-def write(path: Path, weights: Weights) -> None:
-    """A safetensors file with the model's name, its classes, configuration and preprocessing in the metadata."""
+def check_target(path: Path) -> None:
+    """ValueError, ModuleNotFoundError or OSError where ``write`` could not write ``path``."""
+    if path.suffix != SUFFIX:
+        raise ValueError(f"--export {path}: must end in {SUFFIX}")
     try:
-        from safetensors.torch import save
+        import safetensors  # noqa: F401
     except ImportError as error:
         raise ModuleNotFoundError(
             f"--export {path}: safetensors is not installed: pip install 'fused_preact[train]'"
         ) from error
+    if path.is_dir():
+        raise IsADirectoryError(f"--export {path}: is a folder")
+    checkpoint.check_writable(path.parent)
+
+
+def write(path: Path, weights: Weights) -> None:
+    """A safetensors file with the model's name, its classes, configuration and preprocessing in the metadata."""
+    from safetensors.torch import save
+
     card = {**weights.card}
     if card["pixel_mean"] is not None:
         card["pixel_mean"] = card["pixel_mean"].tolist()  # float32 as doubles: nothing is lost
@@ -104,9 +116,8 @@ def build(found: Weights) -> nn.Module:
     return build_model(found.config, found, fused=found.config.fused)
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Put ``state`` into ``model``; ValueError with the first name or shape that differs, the model unchanged."""
-    ours = model.state_dict()
+def check_state(ours: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """ValueError with the first name or shape in which ``state`` differs from the state dict ``ours``."""
     for name, expected in ours.items():
         if name not in state:
             raise ValueError(f"{what}: lacks {name}, which the model has")
@@ -119,7 +130,21 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     for name in state:
         if name not in ours:
             raise ValueError(f"{what}: has {name}, which the model has not")
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Put ``state`` into ``model``; ValueError as ``check_state``, the model unchanged."""
+    check_state(model.state_dict(), state, what)
     model.load_state_dict(dict(state))
+
+
+def begin_from(trainer: Trainer, state: Mapping[str, Tensor], what: str) -> None:
+    """Give ``trainer``, at its beginning, the weights ``state``; ValueError as ``check_state``."""
+    ours = trainer.model.state_dict()
+    check_state(ours, state, what)
+    trainer.model.load_state_dict({name: like(state[name], value) for name, value in ours.items()})
+    if trainer.ema is not None:
+        trainer.ema.load(dict(state))
 
 
 def initial(path: str | Path) -> dict[str, Tensor]:

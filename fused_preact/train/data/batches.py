@@ -22,6 +22,10 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def spread(self, images: int | None) -> Source:
+        """``images`` of them at equal distances, or all."""
+        ...
+
     def augmented(
         self, recipe: Recipe, seed: int, epoch: int, order: Tensor, parts: Sequence[slice]
     ) -> Iterator[Batch]:

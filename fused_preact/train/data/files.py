@@ -177,7 +177,9 @@ class Files:
         return len(self.index)
 
     def spread(self, images: int | None) -> Files:
-        """``images`` of them at equal distances in the index, or all."""
+        """``images`` of them at equal distances in the index, or all: ``batches.Source``."""
+        if images is None:
+            return self
         return Files(
             self.index.spread(images),
             self.num_classes,

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from .archive import Pieces, check_plain
+from .memory import evenly
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 CLASS_FILE = "classnames.txt"  # beside shards: a line for each class, in the order of the numbers in .cls
@@ -29,14 +30,7 @@ class Index(Protocol):
 
     def read(self, number: int) -> bytes: ...
 
-    def spread(self, images: int | None) -> Index: ...
-
-
-def evenly(images: int, wanted: int | None) -> np.ndarray:
-    """``wanted`` of ``images`` numbers at equal distances, or all: a limited split keeps its classes."""
-    if wanted is None or wanted >= images:
-        return np.arange(images)
-    return np.arange(wanted, dtype=np.int64) * images // wanted
+    def spread(self, images: int) -> Index: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Folders:
         with open(self.name(number), "rb") as file:
             return file.read()
 
-    def spread(self, images: int | None) -> Folders:
+    def spread(self, images: int) -> Folders:
         """``images`` of them at equal distances."""
         chosen = evenly(len(self), images)
         return replace(self, starts=self.starts[chosen], ends=self.ends[chosen], labels=self.labels[chosen])
@@ -103,7 +97,7 @@ class Shards:
             raise OSError(f"{len(content)} of {size} bytes are there")
         return content
 
-    def spread(self, images: int | None) -> Shards:
+    def spread(self, images: int) -> Shards:
         """``images`` of them at equal distances."""
         chosen = evenly(len(self), images)
         arrays = {name: getattr(self, name)[chosen] for name in ("shard", "offset", "size", "labels")}

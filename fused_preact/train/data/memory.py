@@ -17,6 +17,12 @@ DIGITS_TEST = 500  # of 1,797; a wrong image is 0.2 %
 DIGITS_SPLIT_SEED = 0  # the split belongs to the data set: it does not change with --seed
 
 
+def evenly(images: int, wanted: int) -> np.ndarray:
+    """``wanted`` of ``images`` numbers at equal distances, or all: a part of a sorted split keeps its classes."""
+    wanted = min(wanted, images)
+    return np.arange(wanted, dtype=np.int64) * images // max(wanted, 1)
+
+
 @dataclass(frozen=True)
 class Split:
     """Images uint8 [N,C,H,W] and labels int64 [N].
@@ -45,6 +51,13 @@ class Split:
     def first(self, limit: int | None) -> Split:
         """The first ``limit`` images, or all."""
         return replace(self, images=self.images[:limit], labels=self.labels[:limit])
+
+    def spread(self, images: int | None) -> Split:
+        """``images`` of them at equal distances, or all: ``batches.Source``."""
+        if images is None:
+            return self
+        chosen = torch.from_numpy(evenly(len(self), images)).to(self.labels.device)
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def mean_image(self) -> Tensor:
         """The mean of the images, float32 [C,H,W], of exact sums: the same on every machine."""

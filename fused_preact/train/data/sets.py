@@ -106,7 +106,7 @@ def load(
         indices, class_names = index.find(data_dir, splits)
         options = {"device": device, "workers": workers, "on_bad_image": on_bad_image}
         trained, tested = (
-            Files(found.spread(limit), len(class_names), **options)  # type: ignore[arg-type]
+            Files(found, len(class_names), **options).spread(limit)  # type: ignore[arg-type]
             for found, limit in zip(indices, (limit_train, limit_test), strict=True)
         )
         return DataSet(name, class_names, trained, tested, in_channels=3)
