@@ -7,9 +7,12 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ import pytest
 import torch
 from image_helpers import CLASSES, add, photographs, write_folders, write_shards
 from PIL import Image
+from train_helpers import start
 
 from fused_preact.train import cli
 from fused_preact.train.config import Recipe
@@ -176,6 +180,24 @@ def test_every_kind_of_image_becomes_rgb(mode: str) -> None:
     assert found.shape == (1, 8, 8, 3)
     if mode in ("CMYK", "RGBA", "P"):
         assert np.abs(found[0, 0, 0].astype(int) - (255, 0, 0)).max() < 5
+
+
+def test_a_faster_decoder_serves_where_it_is_and_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def decode_jpeg(content: bytes, colorspace: str, *, min_width: int, min_height: int) -> np.ndarray:
+        asked.append((colorspace, min_width, min_height))
+        if len(asked) > 1:
+            raise ValueError("CMYK")
+        return np.full((60, 80, 3), 7, dtype=np.uint8)
+
+    monkeypatch.setitem(sys.modules, "simplejpeg", SimpleNamespace(decode_jpeg=decode_jpeg))
+    file = io.BytesIO()
+    Image.new("RGB", (160, 120), "white").save(file, "JPEG")
+    for colour_ in (7, 255):
+        found = views.Decoder(file.getvalue()).views([(0, 0, 160, 120)], 30, "bilinear")
+        assert (found == colour_).all()
+    assert asked == [("RGB", 40, 30)] * 2, "a quarter is enough for 30 of 120 pixels"
 
 
 def jitter_by_hand(image: np.ndarray, recipe: Recipe, chance: random.Random) -> np.ndarray:
@@ -505,3 +527,39 @@ def test_the_program_tells_of_unreadable_images(
     assert shown.startswith("error: ")
     assert "--on-bad-image skip would take the next image; " in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_ctrl_c_in_a_terminal_is_one_line(tree: Path, tmp_path: Path) -> None:
+    """It reaches the decoding processes too."""
+    out = tmp_path / "run"
+    flags = [
+        "--recipe",
+        "imagenet-resnet18-torch",
+        "--data-dir",
+        str(tree / "folders"),
+        "--workers",
+        "2",
+        *SMALL,
+    ]
+    process = start(
+        "-m",
+        "fused_preact.train",
+        *flags,
+        "--plain",
+        "--epochs",
+        "500",
+        "--out",
+        str(out),
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    while not (out / "last.pt").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert shown.startswith("\ninterrupted; ")
+    assert shown.count("\n") == 2

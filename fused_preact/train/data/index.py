@@ -163,12 +163,12 @@ def read_folders(split: Path, classes: Sequence[str]) -> Folders:
     names: list[bytes] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        before = len(names)
+        before, root = len(names), os.path.join(split, "")
         for folder, below, files in os.walk(split / name, followlinks=True):
             below.sort()
             for file in sorted(files):
                 if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
-                    names.append(os.fsencode(os.path.relpath(os.path.join(folder, file), split)))
+                    names.append(os.fsencode(os.path.join(folder, file).removeprefix(root)))
         if len(names) == before:
             raise ValueError(
                 f"{split / name}: a class without images; allowed are files that end in {', '.join(EXTENSIONS)}"
