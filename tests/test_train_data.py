@@ -308,6 +308,12 @@ def test_all_ranks_together_see_what_one_process_sees(images: int, mixes: bool) 
                     assert torch.equal(found, expected)
 
 
+def test_an_image_is_augmented_anew_in_every_epoch() -> None:
+    split, recipe = some(32, 3, 16), RECIPES["cifar10-resnet20-torch"]
+    first, second = (next(split.augmented(recipe, 5, e, torch.arange(32), [slice(0, 32)]))[0] for e in (0, 1))
+    assert (first == second).flatten(1).all(1).sum() <= 2  # 9 x 9 places, mirrored or not
+
+
 @pytest.mark.parametrize("start", [0, 1, 4, 5])
 def test_an_epoch_can_be_entered_anywhere(start: int) -> None:
     batches = Batches(some(37, 3, 6), EVERYTHING, seed=5)

@@ -254,6 +254,21 @@ def test_folders_shards_ranks_and_workers_give_the_same_batches(recipe: Recipe, 
     assert not same(Batches(data.train, recipe, seed=7).epoch(3), whole)
 
 
+def test_an_image_is_augmented_anew_in_every_epoch_and_place(tree: Path) -> None:
+    source, parts = data_of(tree / "folders").train, [slice(0, 16)]
+    made = {
+        (epoch, turn): next(source.augmented(RECIPE, 7, epoch, torch.arange(16).roll(turn), parts))[0].roll(
+            -turn, 0
+        )
+        for epoch in (0, 1)
+        for turn in (0, 3)
+    }
+    for a, one in made.items():
+        for b, other in made.items():
+            alike = (one == other).flatten(1).all(1)
+            assert alike.all() if a == b else not alike.any(), (a, b)
+
+
 def test_the_models_random_stream_is_left_alone(tree: Path) -> None:
     data, before = data_of(tree / "folders", workers=1), torch.get_rng_state()
     next(Batches(data.train, RECIPE, seed=0).epoch(0))
@@ -266,20 +281,20 @@ def test_a_test_has_the_centres_and_ten_crops_the_mirror_images_too(tree: Path) 
     one = list(plain_batches(data.test, RECIPE))
     assert torch.cat([labels for _, labels in one]).tolist() == [0] * 10 + [1] * 10 + [2] * 10
     ten = list(plain_batches(data.test, replace(RECIPE, ten_crop=True)))
-    for (images, labels), (crops, again) in zip(one, ten, strict=True):
-        assert crops.shape == (len(labels), 10, 3, 16, 16)
-        assert torch.equal(labels, again)
-        assert torch.equal(crops[:, 0], images)
-        assert torch.equal(crops[:, 5:], crops[:, :5].flip(-1))
-        assert not torch.equal(crops[:, 1], crops[:, 4])
+    images, crops = (torch.cat([images for images, _ in batches]) for batches in (one, ten))
+    assert crops.shape == (30, 10, 3, 16, 16)
+    assert torch.equal(torch.cat([labels for _, labels in ten]), torch.cat([labels for _, labels in one]))
+    assert torch.equal(crops[:, 0], images)
+    assert torch.equal(crops[:, 5:], crops[:, :5].flip(-1))
+    assert not torch.equal(crops[:, 1], crops[:, 4])
     logits = logits_of(lambda x: x.mean((2, 3)), ten[0][0])
     torch.testing.assert_close(logits, ten[0][0].mean((1, 3, 4)))
     shared = [
-        list(plain_batches(data.test, replace(RECIPE, ten_crop=True, batch_size=29), rank=r, world=2))
+        list(plain_batches(data.test, replace(RECIPE, ten_crop=True, batch_size=290), rank=r, world=2))
         for r in (0, 1)
     ]
     assert [len(labels) for rank in shared for _, labels in rank] == [15, 1, 14, 0]
-    assert shared[1][1][0].shape == (0, 10, 3, 16, 16)
+    assert shared[1][-1][0].shape == (0, 10, 3, 16, 16)
 
 
 def test_a_pass_that_another_one_has_ended_says_so(tree: Path) -> None:
@@ -442,7 +457,11 @@ def test_a_shard_of_something_else_is_named(
 def test_shards_that_are_cut_packed_or_linked_are_named(tree: Path, tmp_path: Path) -> None:
     path = tmp_path / "train-0.tar"
     whole = (tree / "shards" / "train-000000.tar").read_bytes()
-    for size in (0, 100, 512, 5000, len(whole) // 2, len(whole) - 10_240):
+    fifth = index.read_shards([str(tree / "shards" / "train-000000.tar")]).offset[5]
+    between = (
+        int(fifth) - 3 * 512
+    )  # a sample's end: the image's header, and before it the label and its header
+    for size in (0, 100, 512, 5000, between, len(whole) // 2, len(whole) - 10_240):
         path.write_bytes(whole[:size])
         with pytest.raises(
             ValueError, match=rf"train-0\.tar: truncated, damaged or no plain tar file, {size} b"

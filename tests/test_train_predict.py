@@ -66,6 +66,14 @@ def test_digits_are_predicted_as_in_the_test(digits_run: Path, data: DataSet, tm
     assert first.probabilities == sorted(first.probabilities, reverse=True)
 
 
+def test_averaged_weights_serve_where_there_are_some(data: DataSet, tiny_model: None, tmp_path: Path) -> None:
+    fit.fit(replace(CONFIG, model_ema=True), data, tmp_path)
+    payload, found = checkpoint.load(tmp_path), weights.read(tmp_path)
+    for name, value in found.state.items():
+        assert torch.equal(value, payload["ema"].get(name, payload["state"][name])), name
+    assert not torch.equal(found.state["5.weight"], payload["state"]["5.weight"])
+
+
 @pytest.mark.parametrize("recipe", ["cifar10-resnet20", "cifar10-resnet20-torch"])
 def test_cifar_keeps_its_mean_image_in_a_safetensors_file(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

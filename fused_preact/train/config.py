@@ -110,6 +110,19 @@ class Recipe:
                 raise ValueError(f"{name}={size}: must be 1 to 4096")
         if (self.img_size is None) != (self.val_img_size is None):
             raise ValueError(f"img_size={self.img_size}, val_img_size={self.val_img_size}: both or neither")
+        if (self.img_size is not None) != (self.data == "imagenet"):
+            raise ValueError(
+                f"img_size={self.img_size}: of --data imagenet only, and never without; this is {self.data}"
+            )
+        for name in ("color_jitter", "lighting", "short_side", "ten_crop"):
+            if getattr(self, name) and self.img_size is None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: of --data imagenet only, this is {self.data}"
+                )
+        if self.pixel_mean and self.img_size is not None:
+            raise ValueError(
+                "pixel_mean=True: images of files have no mean image; subtract the mean per channel"
+            )
         if not 0.1 <= self.crop_pct <= 1:
             raise ValueError(f"crop_pct={self.crop_pct}: must be 0.1 to 1")
         for name, least, most in (("scale", 0.0, 1.0), ("ratio", 0.1, 10.0)):
@@ -214,7 +227,9 @@ class Config:
         if self.compile and self.grad_checkpointing:
             raise ValueError("compile=True, grad_checkpointing=True: allowed: one of them")
         if self.fsdp and self.dtype == "float16":
-            raise ValueError("fsdp=True, dtype='float16': no loss scale for shards; allowed: bfloat16, float32")
+            raise ValueError(
+                "fsdp=True, dtype='float16': no loss scale for shards; allowed: bfloat16, float32"
+            )
         if self.graph and not self.device.startswith("cuda"):
             raise ValueError(f"graph=True, device={self.device!r}: CUDA graphs need a CUDA device")
         for name in ("limit_train", "limit_test"):

@@ -28,8 +28,13 @@ RECIPE = (
     "ten_crop",
 )
 TEST = ("val_img_size", "crop_pct", "interpolation", "ten_crop")  # of the recipe: what --eval may change
-CONFIG = ("data", "train_split", "val_split", "on_bad_image", "limit_train", "limit_test")
-MACHINE = ("data_dir", "download", "workers")  # free to change on resume: the batches stay the same
+CONFIG = ("data", "train_split", "val_split", "limit_train", "limit_test")
+MACHINE = (
+    "data_dir",
+    "download",
+    "workers",
+    "on_bad_image",
+)  # free to change on resume: the batches stay the same
 
 
 class _Numbers(argparse.Action):

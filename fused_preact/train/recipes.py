@@ -35,7 +35,7 @@ DIGITS = Recipe(
 
 STEPS = 391  # of 128 images in an epoch of CIFAR's 50,000
 CIFAR_PAPER = Recipe(
-    name="",
+    name="cifar10",
     model="",
     epochs=164,  # 64k iterations are 163.7
     batch_size=128,  # on 2 GPUs: its BN saw 64 images; one process here sees all 128
@@ -78,7 +78,7 @@ CIFAR_STATISTICS = {  # FB's datasets: mean and deviation per channel of the tra
 }
 
 IMAGENET_PAPER = Recipe(
-    name="",
+    name="imagenet",
     model="",
     epochs=90,  # the paper does not say; "up to 60e4 iterations" of the first paper are 120, FB has 90
     batch_size=256,  # on 8 GPUs: BN saw 32 images

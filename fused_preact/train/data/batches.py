@@ -136,9 +136,12 @@ def plain_batches(
     """Every image of ``source`` once, in order, not augmented; each batch is shared out as in training.
 
     All ranks get the same number of batches; a rank's share of the last one can be empty. ``at_least`` images for
-    each rank: a last batch with fewer is left out (2 where BN trains on them).
+    each rank: a last batch with fewer is left out (2 where BN trains on them). Batches of images in ten crops are a
+    tenth as large.
     """
     size, images = recipe.batch_size, len(source)
+    if recipe.ten_crop:
+        size = max(size // 10, at_least * world)
     least = 1 if at_least == 1 else at_least * world
     begins = starts(images, size, at_least=least)
     parts = [share(start, min(start + size, images), rank, world) for start in begins]

@@ -28,7 +28,7 @@ def mixed(
     Mixup (Zhang et al. 2018): ``l * a + (1 - l) * b`` of two images and of their one-hot labels, l ~ Beta(mixup,
     mixup). Cutmix (Yun et al. 2019): a box of b, of share 1 - l of the area and cut off at the border, stands in a,
     l ~ Beta(cutmix, cutmix); the labels mix by the area that is left. Where both are on, cutmix has the probability
-    ``recipe.mixup_switch_prob``. One l and one box for the whole batch.
+    ``recipe.mixup_switch_prob``. One l and one box for the whole batch. ``images`` may be written to.
     """
     apply, switch = torch.rand(2, generator=chance, dtype=torch.float64).tolist()
     targets = F.one_hot(labels, num_classes).float()
@@ -40,7 +40,6 @@ def mixed(
     if cut:
         height, width = images.shape[-2:]
         top, bottom, left, right = _box(height, width, kept, chance)
-        images = images.clone()
         images[:, :, top:bottom, left:right] = images[index, :, top:bottom, left:right]
         kept = 1 - (bottom - top) * (right - left) / (height * width)
     else:
