@@ -1,6 +1,6 @@
 """Kill a run again and again, at random moments, and resume it each time: its end must be that of a run left alone.
 
-``python tests/kill_and_resume.py --kills 100`` does so for a while; the test of the same name a few times. The children
+``python tests/kill_and_resume.py --trials 100`` does so for a while, a test of test_train_resume.py once. Children
 are forked once everything is loaded, so that a moment is one of training and not of importing.
 """
 
@@ -68,7 +68,9 @@ def until_written(process: int, file: Path) -> int | None:
     return None
 
 
-def broken_run(out: Path, flags: list[str], kills: int, chance: random.Random, longest: float) -> list[tuple[int, int]]:
+def broken_run(
+    out: Path, flags: list[str], kills: int, chance: random.Random, longest: float
+) -> list[tuple[int, int]]:
     """Run ``flags`` into ``out`` with up to ``kills`` kills; where (epoch, step) the checkpoint was after each."""
     places = []
     for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM) * kills:
@@ -89,7 +91,9 @@ def broken_run(out: Path, flags: list[str], kills: int, chance: random.Random, l
             places.append((payload["epoch"], payload["step"]))
         if len(places) >= kills:
             break
-    status = wait(child(["--resume", str(out), *ALWAYS] if places else [*flags, "--out", str(out), *ALWAYS]), 120)
+    status = wait(
+        child(["--resume", str(out), *ALWAYS] if places else [*flags, "--out", str(out), *ALWAYS]), 120
+    )
     assert status == 0, status
     return places
 

@@ -1,4 +1,4 @@
-"""Training on several processes: two equal one on the joined batch, any number goes on from any other's checkpoint."""
+"""Training on several processes: two equal one on the joined batch, any number goes on from another's checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import CONFIG, EXACT, rows_of, start
+from train_helpers import CONFIG, EXACT, rows_of, start, stop_at_look
 from train_ranks import RUNS, TOGETHER
 
 from fused_preact.train import checkpoint, cli, prepare
@@ -27,16 +27,6 @@ from fused_preact.train.world import World
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("train_ranks")]
 
 
-def interrupt_in_step(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run's own signals are not needed: its look at them says SIGTERM after step ``at``."""
-    plain, seen = World.agree, iter(range(1000))
-
-    def agree(self: World, save: bool, stop: int) -> tuple[bool, int]:
-        return plain(self, save, signal.SIGTERM if next(seen) == at else stop)
-
-    monkeypatch.setattr(World, "agree", agree)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of runs: of one process here, and those of ``train_ranks``."""
@@ -47,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     in_parts = replace(RUNS["in parts"], grad_accum_steps=4)
     fit(in_parts, load_for(in_parts), root / "alone in parts")
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_in_step(4, patch)
+        stop_at_look(5, patch)
         with pytest.raises(Interrupted):
             fit(TOGETHER, data, root / "begun by one")
     with socket.socket() as free:

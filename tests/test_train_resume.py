@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from train_helpers import CONFIG, rows_of, start
+from train_helpers import CONFIG, rows_of, start, stop_at_look
 
 from fused_preact.train import checkpoint, cli, log
 from fused_preact.train.config import Config
@@ -34,16 +34,6 @@ SHORT = replace(CONFIG, recipe=CONFIG.recipe.with_epochs(3), model_ema=True)
 # --- stopped and resumed ----------------------------------------------------------------------------------
 
 
-def stop_at_look(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run looks for signals after each step and each batch of a test: the look number ``at`` sees SIGTERM."""
-    plain, looks = World.agree, iter(range(10**6))
-
-    def agree(self: World, save: bool, stop: int) -> tuple[bool, int]:
-        return plain(self, save, signal.SIGTERM if next(looks) == at else stop)
-
-    monkeypatch.setattr(World, "agree", agree)
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     """Every bit of both checkpoints, and every figure but the timings."""
     for file in ("last.pt", "best.pt"):
@@ -60,7 +50,9 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert {k: v for k, v in mine.items() if k not in TIMINGS} == {
             k: v for k, v in yours.items() if k not in TIMINGS
         }
-    csvs = [[{k: v for k, v in row.items() if k not in TIMINGS} for row in rows_of(run)] for run in (one, other)]
+    csvs = [
+        [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows_of(run)] for run in (one, other)
+    ]
     assert csvs[0] == csvs[1]
 
 
@@ -133,20 +125,31 @@ def test_sums_go_on_with_their_own_rank_or_all_with_the_first() -> None:
     assert Sums.of(states).accuracy == pytest.approx(35.0)
 
 
-def test_the_first_signal_waits_and_the_second_does_not() -> None:
-    with handled(), pytest.raises(Interrupted), deferred() as asked:
-        assert asked() == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked() == signal.SIGTERM
-        os.kill(os.getpid(), signal.SIGTERM)
-    with handled(), pytest.raises(Interrupted) as caught:  # after the last look
-        with deferred():
+def signalled(times: int) -> None:
+    """Send signals to this process inside a run; ``seen`` are those that it went on after."""
+    with deferred() as asked:
+        for number in range(times):
+            assert asked() == (signal.SIGTERM if number else 0)
             os.kill(os.getpid(), signal.SIGTERM)
+            seen.append(number)
+
+
+seen: list[int] = []
+
+
+@pytest.mark.parametrize(("times", "lived"), [(1, [0]), (2, [0])])
+def test_the_first_signal_waits_and_the_second_does_not(times: int, lived: list[int]) -> None:
+    """One that comes after the last look ends the run too."""
+    seen.clear()
+    with pytest.raises(Interrupted) as caught, handled():
+        signalled(times)
     assert caught.value.number == signal.SIGTERM
+    assert seen == lived
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--order", "original"), ("--shortcut", "B"), ("--body", "bottleneck"), ("--lr", "0.3")]
+    ("flag", "value"),
+    [("--order", "original"), ("--shortcut", "B"), ("--body", "bottleneck"), ("--lr", "0.3")],
 )
 def test_a_checkpoint_of_another_variant_is_refused(
     flag: str, value: str, data: DataSet, tiny_model: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -222,7 +225,7 @@ def test_test_images_that_cannot_be_read_are_found_before_training(
 
     monkeypatch.setattr(type(data.test), "plain", plain)
     monkeypatch.setattr(Trainer, "step", lambda *args: pytest.fail("trained first"))
-    with pytest.raises(OSError, match="7.jpeg"):
+    with pytest.raises(OSError, match=r"7\.jpeg"):
         fit(CONFIG, data, tmp_path)
 
 
@@ -283,7 +286,9 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(
 ) -> None:
     """Without BN and dropout a step in parts is the step; its loss and right answers are the batch's."""
     made = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    monkeypatch.setattr("fused_preact.models.create", lambda *args, **kwargs: __import__("copy").deepcopy(made))
+    monkeypatch.setattr(
+        "fused_preact.models.create", lambda *args, **kwargs: __import__("copy").deepcopy(made)
+    )
     found = []
     for parts in (1, 3):  # of 32 images: 11, 11 and 10
         trainer = Trainer(replace(CONFIG, grad_accum_steps=parts, dtype=dtype), data, fused=False)
@@ -320,7 +325,8 @@ def test_config_refuses_what_does_not_go_together(change: dict[str, Any], said: 
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"), [(["--keep", "0"], "keep=0"), (["--checkpoint-minutes", "-1"], "checkpoint_minutes=-1.0")]
+    ("flags", "said"),
+    [(["--keep", "0"], "keep=0"), (["--checkpoint-minutes", "-1"], "checkpoint_minutes=-1.0")],
 )
 def test_options_refuse_impossible_numbers(
     flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

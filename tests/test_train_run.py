@@ -27,8 +27,8 @@ from fused_preact.train import checkpoint, cli, fit, parser
 from fused_preact.train.config import Config
 from fused_preact.train.data import DataSet, load
 from fused_preact.train.loop import Trainer
-from fused_preact.train.networks import parameter_groups
 from fused_preact.train.measure import compare_steps, saved_bytes
+from fused_preact.train.networks import parameter_groups
 from fused_preact.train.recipes import RECIPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -561,7 +561,9 @@ def test_graph_records_once_and_leaves_the_statistics(
     weights = []
     for graph in (False, True):
         trainer = Trainer(CONFIG, data, fused=False)
-        trainer.config = SimpleNamespace(**{**vars(CONFIG), "graph": graph})  # a real one would want a CUDA device
+        trainer.config = SimpleNamespace(
+            **{**vars(CONFIG), "graph": graph}
+        )  # a real one would want a CUDA device
         for module in trainer.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ import fused_preact
 from fused_preact.train.config import Config
 from fused_preact.train.log import Log
 from fused_preact.train.recipes import RECIPES
+from fused_preact.train.world import World
 
 CONFIG = Config("digits", replace(RECIPES["digits"].with_epochs(4), batch_size=32))
 
@@ -75,3 +77,13 @@ def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Log, "epoch", epoch)
+
+
+def stop_at_look(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run looks for signals after each step and each batch of a test: the look number ``at`` sees SIGTERM."""
+    plain, looks = World.agree, iter(range(10**6))
+
+    def agree(self: World, save: bool, stop: int) -> tuple[bool, int]:
+        return plain(self, save, signal.SIGTERM if next(looks) == at else stop)
+
+    monkeypatch.setattr(World, "agree", agree)

@@ -1,4 +1,4 @@
-"""One of two processes of tests/test_train_ranks.py: trains together with the other, each run into a folder of its own."""
+"""One of two processes of tests/test_train_ranks.py: trains with the other, each run into a folder of its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from train_helpers import EXACT
 
@@ -49,12 +50,9 @@ def main(root: Path) -> None:
     begun = checkpoint.load(root / "begun by one")
     fit(TOGETHER, data, root / "ended by two", world=ranks, resume=begun)
     stop_one_rank(ranks, at=4)
-    try:
-        with signals.handled():
-            fit(TOGETHER, data, root / "stopped", world=ranks, options=Options(keep=3))
-        raise AssertionError("nobody stopped")
-    except signals.Interrupted as error:
-        assert error.number == signal.SIGTERM
+    with pytest.raises(signals.Interrupted) as caught, signals.handled():
+        fit(TOGETHER, data, root / "stopped", world=ranks, options=Options(keep=3))
+    assert caught.value.number == signal.SIGTERM
     stopped = checkpoint.load(root / "stopped")
     fit(TOGETHER, data, root / "went on", world=ranks, resume=ranks.broadcast(stopped))
     world.leave()

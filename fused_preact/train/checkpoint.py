@@ -6,10 +6,10 @@ import io
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 
@@ -57,6 +57,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """``write_atomically`` of bytes."""
+    write_atomically(path, lambda file: file.write(content))
 
 
 def check_writable(folder: Path) -> None:
@@ -154,12 +159,16 @@ def restore(trainer: Trainer, payload: dict[str, Any]) -> None:
     if payload["step"] > steps:
         raise ValueError(f"checkpoint has step={payload['step']}, an epoch of this run has {steps}")
     state = trainer.model.state_dict()
-    trainer.model.load_state_dict({name: like(value, state[name]) for name, value in payload["state"].items()})
+    trainer.model.load_state_dict(
+        {name: like(value, state[name]) for name, value in payload["state"].items()}
+    )
     if trainer.ema is not None:
         trainer.ema.load(payload["ema"])
     parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
     momenta = {
-        number: {name: None if value is None else like(value, parameters[number]) for name, value in entry.items()}
+        number: {
+            name: None if value is None else like(value, parameters[number]) for name, value in entry.items()
+        }
         for number, entry in payload["optimizer"]["state"].items()
     }
     trainer.optimizer.load_state_dict({**payload["optimizer"], "state": momenta})
@@ -171,7 +180,7 @@ def restore(trainer: Trainer, payload: dict[str, Any]) -> None:
 
 
 def score(row: Row) -> float:
-    """What makes an epoch the best: the accuracy of the averaged weights, where they are kept, else of the weights."""
+    """What makes an epoch the best: the test accuracy, of the averaged weights where they are kept."""
     return row.get("ema_test_acc", row["test_acc"])
 
 
@@ -186,8 +195,7 @@ def keep_last(folder: Path, epoch: int, keep: int) -> None:
         os.link(folder / "last.pt", temporary)  # the same bytes; last.pt is replaced, never written into
         os.replace(temporary, name)
     except OSError:  # a file system without links
-        content = (folder / "last.pt").read_bytes()
-        write_atomically(name, lambda file: file.write(content))
+        write_bytes(name, (folder / "last.pt").read_bytes())
     # Later ones are of a run that went back: they stay until this run has come as far.
     numbers = {int(path.stem[6:]): path for path in folder.glob("epoch-*.pt") if path.stem[6:].isdigit()}
     for number, path in numbers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,14 @@ from .data import DataSet, check_card
 from .log import columns
 from .networks import build_model, build_optimizer
 
-SETTINGS = {"params", "lr", "momentum", "dampening", "weight_decay", "nesterov"}  # of an SGD's group of parameters
+SETTINGS = {
+    "params",
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+}  # of an SGD's group of parameters
 SUMS = ("loss", "right", "seen", "timed", "seconds", "timed_seconds")
 
 
@@ -119,7 +127,9 @@ def _check_place(epoch: int, step: object, sums: object, config: Config) -> None
     if type(step) is not int or step < 0 or (step and epoch >= config.recipe.epochs):
         raise ValueError(f"checkpoint has step={short(step)} in epoch {epoch + 1} of {config.recipe.epochs}")
     if not isinstance(sums, list) or bool(sums) != bool(step):
-        raise ValueError(f"checkpoint has sums={short(sums)} at step {step}: one for each rank inside an epoch")
+        raise ValueError(
+            f"checkpoint has sums={short(sums)} at step {step}: one for each rank inside an epoch"
+        )
     for rank in sums:
         if not isinstance(rank, dict) or not all(_is_number(rank.get(name)) for name in SUMS):
             raise ValueError(f"checkpoint has sums {short(rank)}, allowed: numbers for {', '.join(SUMS)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,5 +49,6 @@ class EMA:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
         for module in self.model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()  # fully_shard may keep what it has gathered until the next backward pass
+            reshard: Any = getattr(module, "reshard", None)
+            if reshard is not None:
+                reshard()  # fully_shard may keep what it has gathered until the next backward pass

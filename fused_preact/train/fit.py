@@ -102,8 +102,7 @@ class _Run:
     def write_metrics(self) -> None:
         """metrics.csv and metrics.jsonl, whole."""
         for name, text in (("metrics.csv", metrics_csv), ("metrics.jsonl", metrics_jsonl)):
-            content = text(self.rows)
-            checkpoint.write_atomically(self.out / name, lambda file, content=content: file.write(content))
+            checkpoint.write_bytes(self.out / name, text(self.rows))
 
 
 def fit(
@@ -118,10 +117,10 @@ def fit(
 ) -> Result:
     """Train one model in folder ``out``, from the start or on from checkpoint ``resume``.
 
-    After each epoch ``out`` holds last.pt, best.pt and metrics.csv, each replaced as a whole. A signal ends it between
-    two steps with ``signals.Interrupted``; last.pt is then of that moment. Where ranks are several the first writes.
-    Raises FloatingPointError when the loss is no longer finite, and OSError when a file cannot be written; last.pt is
-    then an earlier one. Raises ValueError for a checkpoint of another run.
+    After each epoch ``out`` holds last.pt, best.pt, metrics.csv and metrics.jsonl, each replaced as a whole. A signal
+    ends it between two steps with ``signals.Interrupted``; last.pt is then of that moment. Of several ranks the first
+    writes. Raises FloatingPointError when the loss is no longer finite, and OSError when a file cannot be written;
+    last.pt is then an earlier one. Raises ValueError for a checkpoint of another run.
     """
     options, world = options or Options(), world or World()
     recipe, name = config.recipe, name or ("fused" if config.fused else "plain")
@@ -137,8 +136,8 @@ def fit(
             weights.begin_from(trainer, options.initial, "initial checkpoint")
         board = None
         if world.first:
-            settings = (json.dumps(config.to_dict(), indent=2) + "\n").encode()
-            checkpoint.write_atomically(out / "config.json", lambda file: file.write(settings))
+            settings = json.dumps(config.to_dict(), indent=2) + "\n"
+            checkpoint.write_bytes(out / "config.json", settings.encode())
             board = TensorBoard(out / "tensorboard", len(run.rows)) if options.tensorboard else None
         if trainer.epoch < recipe.epochs:
             trainer.evaluate(batches=1)  # test images that cannot be read are found now, not after an epoch
@@ -199,7 +198,9 @@ def _recalibrate(run: _Run) -> float:
     return accuracy
 
 
-def evaluate(config: Config, data: DataSet, payload: dict[str, Any], *, options: Options, world: World) -> list[str]:
+def evaluate(
+    config: Config, data: DataSet, payload: dict[str, Any], *, options: Options, world: World
+) -> list[str]:
     """What a checkpoint scores on the test split, a line for the weights and one for their average."""
     trainer = Trainer(config, data, fused=config.fused, world=world)
     checkpoint.restore(trainer, payload)

@@ -1,4 +1,4 @@
-"""What a run shows and records while it goes on: a progress bar or plain lines, metrics.csv, metrics.jsonl, TensorBoard."""
+"""What a run shows and records: a progress bar or plain lines, metrics.csv, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ COLUMNS = (
     "peak_memory_mib",
 )
 OPTIONAL = ("test_top5", "ema_test_loss", "ema_test_acc")  # of more than ten classes, of --model-ema
-TIMINGS = ("images_per_s", "train_seconds", "peak_memory_mib")  # all else is the same in a run that was resumed
+TIMINGS = (
+    "images_per_s",
+    "train_seconds",
+    "peak_memory_mib",
+)  # all else is the same in a run that was resumed
 
 
 class _Quiet:

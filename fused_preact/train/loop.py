@@ -47,7 +47,7 @@ class Sums:
         self._timing = False
 
     def tick(self, *, timed: bool = False) -> None:
-        """Count the seconds since the last tick. From ``timed`` on they are those of the images that are ``timed``."""
+        """Count the seconds since the last tick; from ``timed`` on as those of the images that are ``timed``."""
         now = time.perf_counter()
         if self._last is not None:
             self.seconds += now - self._last
@@ -101,7 +101,7 @@ class Sums:
 
 
 def logits_of(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Logits [N,classes], at least float32, of images [N,C,H,W], or the mean of each image's views [N,views,C,H,W]."""
+    """Logits [N,classes], at least float32, of images [N,C,H,W], or means over views of [N,views,C,H,W]."""
     logits = model(images.flatten(0, -4))
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits if images.ndim == 4 else logits.unflatten(0, images.shape[:2]).mean(1)
@@ -110,8 +110,8 @@ def logits_of(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 class Trainer:
     """A model with its optimizer, loss scaler and batches: what a checkpoint has to restore.
 
-    ``epoch`` and ``step`` are where training is: steps done in an epoch counted from 0. Nothing random is kept: batches
-    and the stream of dropout are functions of the seed and of that place.
+    ``epoch``, counted from 0, and ``step_in_epoch``, steps done in it, are where training is. Nothing random is kept:
+    batches and the stream of dropout are functions of the seed and of that place.
     """
 
     def __init__(self, config: Config, data: DataSet, *, fused: bool, world: World | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
@@ -79,14 +79,12 @@ def spread(model: nn.Module, config: Config, world: World, device: torch.device)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         for stage in stages(model):
             fully_shard(stage)
-        return fully_shard(model)
+        fully_shard(model)
+        return model
     wrap = nn.parallel.DistributedDataParallel
     renamed = "forward_sync_buffers" in signature(wrap).parameters  # in torch 2.13
-    around = wrap(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
-    )
+    never: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    around = wrap(model, device_ids=[device] if device.type == "cuda" else None, **never)
     if config.sync_bn:
         # After wrapping: DDP takes no CPU model with such children. They keep the parameters that it has seen.
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -111,7 +109,7 @@ def checkpoint_units(model: nn.Module) -> None:
         stage.forward = partial(_in_groups, stage.forward, groups)  # type: ignore[method-assign]
 
 
-def _in_groups(forward: Any, groups: list[nn.Module], x: Tensor) -> Tensor:
+def _in_groups(forward: Any, groups: Sequence[nn.Module], x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x)
     for group in groups:
@@ -128,7 +126,9 @@ def _first_and_again(group: nn.Module) -> Any:
 def _statistics_kept(group: nn.Module) -> Iterator[None]:
     """BNs in training mode leave their running statistics alone: the first forward has updated them."""
     norms = [m for m in group.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(n.momentum, None if n.num_batches_tracked is None else n.num_batches_tracked.clone()) for n in norms]
+    before = [
+        (n.momentum, None if n.num_batches_tracked is None else n.num_batches_tracked.clone()) for n in norms
+    ]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -143,7 +143,7 @@ def _statistics_kept(group: nn.Module) -> Iterator[None]:
 def whole(value: Any) -> Any:
     """``value`` with every sharded tensor in it put together; all ranks have to ask at once."""
     if isinstance(value, Mapping):
-        return type(value)((key, whole(item)) for key, item in value.items())
+        return {key: whole(item) for key, item in value.items()}
     if isinstance(value, list):
         return [whole(item) for item in value]
     return value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -1,8 +1,8 @@
 """Tables 1 to 3 of the paper (arXiv:1603.05027) as networks to train, with the errors that it reports.
 
 Its figures are test errors in percent on CIFAR, each the median of five runs; "fail" is an error above 20 %. Nets of
-another depth are held against the paper's net of the same kind: 110 layers with units of two 3x3 convolutions, 164 with
-bottlenecks.
+another depth are held against the paper's net of the same kind: 110 layers with units of two 3x3 convolutions, 164
+with bottlenecks.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ NETS = {  # Table 3: errors of original and pre-activation units
 
 
 def body_of(depth: int) -> str:
-    """Units of two 3x3 convolutions for 6n+2 layers, bottlenecks for the 164 and the other 9n+2; raises ValueError."""
+    """Basic units for 6n+2 layers, bottlenecks for 164 and the other 9n+2; raises ValueError."""
     if depth > 2 and (depth - 2) % 6 == 0 and depth != 164:
         return "basic"
     if depth > 2 and (depth - 2) % 9 == 0:
@@ -108,7 +108,7 @@ def cells(table: int, depths: Sequence[int], data: str) -> list[Cell]:
             for depth, body in bodies.items()
             for case, order, basic, bottleneck in ORDERS
         ]
-    nets = [(depth, body) for depth, body in bodies.items()]
+    nets = list(bodies.items())
     nets[:0] = [(depth, "single") for depth, body in nets if body == "basic"][:1]
     of = data if data == "cifar100" else "cifar10"
     found = []

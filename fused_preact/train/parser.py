@@ -88,10 +88,17 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--seeds", type=int, metavar="N", help="N runs, of seeds --seed and following")
     what.add_argument(
-        "--table", type=int, metavar="N", help="a table of the paper, 1, 2 or 3: every network of it, one by one"
+        "--table",
+        type=int,
+        metavar="N",
+        help="a table of the paper, 1, 2 or 3: every network of it, one by one",
     )
     what.add_argument(
-        "--depth", type=int, nargs="+", metavar="N", help="depths for --table (digits: 20 29, else the paper's)"
+        "--depth",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="depths for --table (digits: 20 29, else the paper's)",
     )
     how = top.add_argument_group("recipe")
     how.add_argument("--epochs", type=int, metavar="N", help="milestones and warm-up scale along")
@@ -159,7 +166,10 @@ def parser() -> argparse.ArgumentParser:
         help="keep few activations and compute the others again in backward: for ResNet-1001",
     )
     where.add_argument(
-        "--fsdp", action="store_const", const=True, help="under torchrun: shard weights instead of copying them"
+        "--fsdp",
+        action="store_const",
+        const=True,
+        help="under torchrun: shard weights instead of copying them",
     )
     flags.add_loading(where)
     files = top.add_argument_group("files")
@@ -172,7 +182,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="M",
         help="also write a checkpoint inside an epoch, M minutes after the last",
     )
-    files.add_argument("--keep", type=int, metavar="K", help="keep the last K checkpoints (1) beside the best")
+    files.add_argument(
+        "--keep", type=int, metavar="K", help="keep the last K checkpoints (1) beside the best"
+    )
     files.add_argument("--log-tensorboard", action="store_true", help="also write TensorBoard's event files")
     flags.add_weights(files)
     files.add_argument("--resume", metavar="PATH", help="go on from a checkpoint or a run's folder, exactly")

@@ -59,7 +59,9 @@ def _read(args: argparse.Namespace) -> _Found:
         return _Found(Path(args.resume), study=_resumed_study(args))
     if many:
         if args.resume:
-            raise ValueError(f"--resume {args.resume}: holds no {study.PLAN}, so no run of --seeds or --table")
+            raise ValueError(
+                f"--resume {args.resume}: holds no {study.PLAN}, so no run of --seeds or --table"
+            )
         return _new_study(args)
     source = args.resume or args.eval
     payload = checkpoint.load(source) if source else None
@@ -86,7 +88,9 @@ def _new_study(args: argparse.Namespace) -> _Found:
     if args.table is not None:
         fixed = sorted(given(args, ("model", *VARIANT_FLAGS)))
         if fixed:
-            raise ValueError(f"--table {args.table} trains its own networks: leave --{', --'.join(fixed)} away")
+            raise ValueError(
+                f"--table {args.table} trains its own networks: leave --{', --'.join(fixed)} away"
+            )
         small = config.data == "digits"
         defaults = (paper.SMALL_DEPTHS if small else paper.PAPER_DEPTHS).get(args.table, ())
         depths = tuple(args.depth or defaults)
@@ -214,11 +218,13 @@ def check_config(args: argparse.Namespace, config: Config, world: World) -> None
         preact = "preact" in config.recipe.model and config.order in (None, "preact")
         if config.sync_bn and config.device == "cpu" and not (config.fused and preact):
             raise ValueError(
-                "sync_bn=True on a CPU: PyTorch's SyncBatchNorm takes no CPU tensors, only fused pre-activation units "
-                "do without it; leave --sync-bn or --plain away"
+                "sync_bn=True on a CPU: PyTorch's SyncBatchNorm takes no CPU tensors, and only fused pre-activation "
+                "units do without it; leave --sync-bn or --plain away"
             )
     elif args.fsdp:
-        raise ValueError("--fsdp: shards weights over several processes, this is one; start them with torchrun")
+        raise ValueError(
+            "--fsdp: shards weights over several processes, this is one; start them with torchrun"
+        )
     check_device(config.device)
     run.serving_backend(config)  # raises if it is not there
 

@@ -36,7 +36,7 @@ class Result:
 
 
 def learning_curve(results: Sequence[Result], title: str) -> bytes | None:
-    """Training losses and test errors against epochs as a PNG, in the style of the paper's Fig. 6; None without matplotlib."""
+    """Training losses and test errors against epochs as a PNG like the paper's Fig. 6; None without matplotlib."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no display, no global state
     except ImportError:

@@ -69,10 +69,15 @@ def run(
     kernels = f"fused kernels: {serving_backend(config)}" if config.fused else "plain PyTorch"
     batches, every = Batches(data.train, recipe, config.seed, world=world.size), len(data.train)
     images = batches.images
+    left_out = (
+        ""
+        if images == every
+        else f" (of {every}: {'one' if every - images == 1 else every - images} would be left over)"
+    )
+    ranks = "" if world.size == 1 else f" x {world.size} processes"
     title = (
-        f"{recipe.model} on {data.name}, {recipe.epochs} epochs of {images} images"
-        f"{'' if images == every else f' (of {every}: one would be left over)'}, batch "
-        f"{recipe.batch_size}, seed {config.seed}, {config.dtype} on {config.device}{'' if world.size == 1 else f' x {world.size} processes'}, {kernels}"
+        f"{recipe.model} on {data.name}, {recipe.epochs} epochs of {images} images{left_out}, batch "
+        f"{recipe.batch_size}, seed {config.seed}, {config.dtype} on {config.device}{ranks}, {kernels}"
     )
     log.line(f"{title}; {len(data.test)} test images, files in {out}")
     results = [fit(config, data, out, resume=resume, options=options, world=world)]
@@ -87,7 +92,7 @@ def run(
         return results
     picture = learning_curve(results, f"{recipe.model} on {data.name}")
     if picture is not None:
-        checkpoint.write_atomically(out / "learning_curve.png", lambda file: file.write(picture))
+        checkpoint.write_bytes(out / "learning_curve.png", picture)
     else:
         log.line("no learning_curve.png: matplotlib is not installed (pip install 'fused_preact[train]')")
     log.line(f"\n{title}\n")

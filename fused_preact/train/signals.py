@@ -70,7 +70,7 @@ def number_of(error: KeyboardInterrupt) -> int:
 def watch(give_up: Callable[[], None]) -> None:
     """Run ``give_up`` and end the process where a signal is not obeyed within ``GRACE_S`` seconds.
 
-    A main thread that waits in a collective for a rank that has gone runs no handler of Python's; a second thread does.
+    A main thread that waits in a collective for a rank that has gone runs no handler of Python's; another one does.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -1,4 +1,4 @@
-"""Many runs as one: several seeds of a model, or a table of the paper. Each run has a folder; what is done stays done."""
+"""Many runs as one: several seeds of a model, or a table of the paper. Each has a folder; what is done stays done."""
 
 from __future__ import annotations
 
@@ -81,8 +81,7 @@ def load(folder: Path) -> Study:
 
 def save(study: Study, out: Path) -> None:
     """Write ``study.json``, from which ``--resume`` goes on."""
-    content = (json.dumps(study.to_dict(), indent=2) + "\n").encode()
-    checkpoint.write_atomically(out / PLAN, lambda file: file.write(content))
+    checkpoint.write_bytes(out / PLAN, (json.dumps(study.to_dict(), indent=2) + "\n").encode())
 
 
 def difference(one: Study, other: Study) -> str | None:
@@ -113,7 +112,7 @@ class Outcome:
 
 
 def run(study: Study, data: DataSet, out: Path, options: Options, world: World) -> dict[str, Any]:
-    """All runs one after the other; returns what ``results.json`` holds. Runs that are complete are read, not repeated."""
+    """All runs one after the other, complete ones only read; returns what ``results.json`` holds."""
     log = Log(speak=world.first)
     options = replace(options, quiet=True)
     jobs = [
@@ -155,14 +154,12 @@ def _outcome(
     if fresh:
         title = f"{cell.row}, seed {seed}"
         try:
-            rows = fit(
-                config, data, folder, resume=payload, options=options, world=world, name=title
-            ).rows
+            rows = fit(config, data, folder, resume=payload, options=options, world=world, name=title).rows
         except FloatingPointError as error:
-            over, content = True, f"{error}\n".encode()
+            over = True
             rows = [dict(row) for row in (payload or {"metrics": []})["metrics"]]
             if world.first:
-                checkpoint.write_atomically(diverged, lambda file: file.write(content))
+                checkpoint.write_bytes(diverged, f"{error}\n".encode())
     seconds = sum(row["train_seconds"] for row in rows)
     rate = statistics.median(row["images_per_s"] for row in rows) if rows else 0.0
     if over:
@@ -244,7 +241,7 @@ def _write(study: Study, results: dict[str, Any], found: dict[Cell, list[Outcome
         files[f"curves-{suffix}.png"] = curves(runs, f"{title}, {column}")
     for name, content in files.items():
         if content is not None:
-            checkpoint.write_atomically(out / name, lambda file, content=content: file.write(content))
+            checkpoint.write_bytes(out / name, content)
 
 
 def _middle(outcomes: Sequence[Outcome]) -> list[Outcome]:

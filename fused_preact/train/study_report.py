@@ -79,7 +79,10 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     numbers = range(1, len(header))
 
     def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) if i in numbers else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.rjust(width) if i in numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         return f"| {' | '.join(cells)} |"
 
     rule = [("-" * (width - 1) + ":") if i in numbers else "-" * width for i, width in enumerate(widths)]
@@ -97,13 +100,23 @@ def picture(results: dict[str, Any]) -> bytes | None:
     ours, theirs = figure.subplots(1, 2, sharey=True)
     names = [f"{cell['row']}, {cell['column']}" for cell in cells]
     places = range(len(cells))
-    for axis, title in ((ours, f"here: {results['data']}, {results['epochs']} epochs"), (theirs, "the paper: CIFAR")):
+    for axis, title in (
+        (ours, f"here: {results['data']}, {results['epochs']} epochs"),
+        (theirs, "the paper: CIFAR"),
+    ):
         axis.set(title=title, xlabel="test error (%)")
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(places, names)
     ours.invert_yaxis()  # both: they share it
-    most = max([cell["median"] for cell in cells if cell["median"] is not None and not cell["fail"]], default=FAIL)
-    _bars(ours, [None if cell["fail"] else cell["median"] for cell in cells], most, [_error(cell) for cell in cells])
+    most = max(
+        [cell["median"] for cell in cells if cell["median"] is not None and not cell["fail"]], default=FAIL
+    )
+    _bars(
+        ours,
+        [None if cell["fail"] else cell["median"] for cell in cells],
+        most,
+        [_error(cell) for cell in cells],
+    )
     for place, cell in zip(places, cells, strict=True):
         inside = [error for error in cell["errors"] if error is not None and error <= 1.2 * most]
         ours.plot(inside, [place] * len(inside), "k.", markersize=4)
@@ -120,8 +133,12 @@ def _bars(axis: Any, values: Sequence[float | None], most: float, told: Sequence
         if value is None and not text:
             continue
         failed = value is None
-        axis.barh(place, most if failed else value, color="C3" if failed else "C0", alpha=0.25 if failed else 0.7)
-        axis.annotate(text, (most if failed else value, place), (4, 0), textcoords="offset points", va="center")
+        axis.barh(
+            place, most if failed else value, color="C3" if failed else "C0", alpha=0.25 if failed else 0.7
+        )
+        axis.annotate(
+            text, (most if failed else value, place), (4, 0), textcoords="offset points", va="center"
+        )
     axis.set_xlim(0, 1.5 * most or 1)
 
 

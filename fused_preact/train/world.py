@@ -37,7 +37,7 @@ class World:
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
-        """This rank's device: ``cuda`` is the one of its local rank."""
+        """The device of this rank: ``cuda`` is the one of its local rank."""
         if name == "cuda" and self.size > 1:
             return torch.device("cuda", self.local_rank)
         return torch.device(name)
