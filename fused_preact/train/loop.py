@@ -287,8 +287,9 @@ class Trainer:
     def recalibrate(self, count: int | None = None) -> None:
         """Replace BN's running statistics by the plain average over the training images, not augmented.
 
-        ``count`` of them, at equal distances, or all. The exponential average lags behind the weights; the published ResNet-v2 models were recomputed like this.
-        As in training, an image left over for a batch of its own is left out. Ranks average what they found.
+        ``count`` of them, at equal distances, or all. The exponential average lags behind the weights; the published
+        ResNet-v2 models were recomputed like this. As in training, an image left over for a batch of its own is left
+        out. Ranks average what they found.
         """
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [norm.momentum for norm in norms]

@@ -267,7 +267,9 @@ def _check_weights(args: argparse.Namespace, config: Config, data: DataSet) -> N
         if args.seeds is not None or args.table is not None:
             raise ValueError("--export: of one run; export a run of --seeds or --table with --eval")
         if args.eval and args.bn_recalibrate:
-            raise ValueError("--export with --eval writes the weights as they are: leave --bn-recalibrate away")
+            raise ValueError(
+                "--export with --eval writes the weights as they are: leave --bn-recalibrate away"
+            )
         weights.check_target(Path(args.export))
 
 
