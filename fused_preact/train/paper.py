@@ -36,18 +36,18 @@ class Cell:
         return "-".join(word.replace(":", "_") for word in words if word)
 
 
-SHORTCUTS = (  # Table 1: case, the factor on the shortcut, that on F, our name, CIFAR-10 error of ResNet-110
-    ("original", "1", "1", "A", "6.61"),
-    ("constant scaling", "0", "1", "scaling:0:1", "fail"),
-    ("constant scaling", "0.5", "1", "scaling:0.5:1", "fail"),
-    ("constant scaling", "0.5", "0.5", "scaling:0.5:0.5", "12.35"),
-    ("exclusive gating, b = 0", "1-g", "g", "exclusive_gating:0", "fail"),  # the paper: from 0 to -5
-    ("exclusive gating, b = -6", "1-g", "g", "exclusive_gating:-6", "8.70"),
-    ("exclusive gating, b = -7", "1-g", "g", "exclusive_gating:-7", "9.81"),
-    ("shortcut-only gating, b = 0", "1-g", "1", "shortcut_gating:0", "12.86"),
-    ("shortcut-only gating, b = -6", "1-g", "1", "shortcut_gating:-6", "6.91"),
-    ("1x1 conv shortcut", "conv", "1", "conv", "12.22"),
-    ("dropout shortcut", "dropout 0.5", "1", "dropout:0.5", "fail"),
+SHORTCUTS = (  # Table 1: case, our name, CIFAR-10 error of ResNet-110
+    ("original", "A", "6.61"),
+    ("constant scaling, 0 x + F", "scaling:0:1", "fail"),
+    ("constant scaling, 0.5 x + F", "scaling:0.5:1", "fail"),
+    ("constant scaling, 0.5 x + 0.5 F", "scaling:0.5:0.5", "12.35"),
+    ("exclusive gating, b = 0", "exclusive_gating:0", "fail"),  # the paper: from 0 to -5
+    ("exclusive gating, b = -6", "exclusive_gating:-6", "8.70"),
+    ("exclusive gating, b = -7", "exclusive_gating:-7", "9.81"),
+    ("shortcut-only gating, b = 0", "shortcut_gating:0", "12.86"),
+    ("shortcut-only gating, b = -6", "shortcut_gating:-6", "6.91"),
+    ("1x1 conv shortcut", "conv", "12.22"),
+    ("dropout shortcut, p = 0.5", "dropout:0.5", "fail"),
 )
 ORDERS = (  # Table 2: case, our name, CIFAR-10 errors of ResNet-110 and ResNet-164
     ("original", "original", "6.61", "5.93"),
@@ -83,7 +83,7 @@ def cells(table: int, depths: Sequence[int], data: str) -> list[Cell]:
     if table == 1:
         return [
             Cell(
-                f"{case}: {on_shortcut} x + {on_branch} F" if on_shortcut != "1" else case,
+                case,
                 f"ResNet-{depth}",
                 f"cifar_resnet{depth}",
                 order="original",
@@ -93,7 +93,7 @@ def cells(table: int, depths: Sequence[int], data: str) -> list[Cell]:
                 paper=error,
             )
             for depth, body in bodies.items()
-            for case, on_shortcut, on_branch, shortcut, error in SHORTCUTS
+            for case, shortcut, error in SHORTCUTS
         ]
     if table == 2:
         return [
