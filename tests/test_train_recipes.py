@@ -13,7 +13,7 @@ from fused_preact import models
 from fused_preact.train import cli
 from fused_preact.train.config import DATASETS, Config
 from fused_preact.train.data import draws, mix
-from fused_preact.train.recipes import DEFAULTS, RECIPES, recipe_for
+from fused_preact.train.recipes import DEFAULTS, RECIPES, families, recipe_for
 
 # --- recipes -----------------------------------------------------------------------------------------------
 
@@ -25,6 +25,12 @@ def test_every_recipe_is_of_a_known_model_and_data_set() -> None:
         assert recipe.data in DATASETS
         assert Config.from_dict(Config(recipe.data, recipe).to_dict()) == Config(recipe.data, recipe)
     assert set(DEFAULTS) == set(DATASETS)
+
+
+def test_the_names_are_shown_short() -> None:
+    shown = families()
+    assert shown.startswith("digits, cifar10-resnet20|56|110|164|1001[-torch], cifar100-")
+    assert "imagenet-resnet18|34|50|101|152|200[-torch]" in shown
 
 
 def test_the_papers_cifar_recipe() -> None:

@@ -62,11 +62,12 @@ def add_data(group: Any) -> None:
     group.add_argument("--train-split", metavar="NAME", help="name of the training folder or shards (train)")
     group.add_argument("--val-split", metavar="NAME", help="name of the test folder or shards (val)")
     group.add_argument(
-        "--limit-train", type=int, metavar="N", help="only the first N training images, for a trial"
+        "--limit-train",
+        type=int,
+        metavar="N",
+        help="N training images, for a trial (of files evenly spread)",
     )
-    group.add_argument(
-        "--limit-test", type=int, metavar="N", help="only the first N test images, for a trial"
-    )
+    group.add_argument("--limit-test", type=int, metavar="N", help="N test images, for a trial")
 
 
 def add_recipe(group: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from . import console, flags
 from .config import BACKENDS, DTYPES, Config
-from .recipes import DEFAULTS, RECIPES, recipe_for
+from .recipes import DEFAULTS, RECIPES, families, recipe_for
 
 RECIPE_FLAGS = ("model", "batch_size", "lr", "weight_decay", "warmup_epochs", "decay_norm", *flags.RECIPE)
 VARIANT_FLAGS = ("order", "shortcut", "body")
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         + ". docs/recipes.md has all of them.",
     )
     what = top.add_argument_group("what to train")
-    what.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(RECIPES)} (default: see below)")
+    what.add_argument("--recipe", metavar="NAME", help=f"{families()} (default: see below)")
     flags.add_data(what)
     what.add_argument(
         "--model", metavar="NAME", help="cifar_preact_resnet20, ...56, ...110, ...164, ...1001, ..."

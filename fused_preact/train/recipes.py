@@ -143,6 +143,19 @@ DEFAULTS: Mapping[str, str] = {  # of --data alone: the smallest network, FB's n
 }
 
 
+def families() -> str:
+    """The names, shortened: those that differ in the depth alone as one."""
+    depths: dict[str, list[str]] = {}
+    for name in RECIPES:
+        if not name.endswith("-torch"):
+            family, _, depth = name.partition("resnet")
+            depths.setdefault(family, []).append(depth)
+    return ", ".join(
+        f"{family}resnet{'|'.join(found)}[-torch]" if any(found) else family
+        for family, found in depths.items()
+    )
+
+
 def recipe_for(data: str | None = None, name: str | None = None) -> Recipe:
     """The recipe called ``name``, or the default of ``data``, or of the digits where neither is given."""
     if data is not None and data not in DATASETS:

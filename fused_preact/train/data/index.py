@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -211,7 +211,7 @@ def _read_shard(path: str) -> list[tuple[int, int, int]]:
                 if key in (labels if suffix == ".cls" else images):
                     raise tarfile.ReadError(f"{member.name}: a second one of its key")
                 if suffix == ".cls":
-                    labels[key] = _read_label(path, member)
+                    labels[key] = _read_label(file, member)
                 else:
                     images[key] = member.offset_data, member.size
             file.seek(max(length - 512, 0))
@@ -228,12 +228,11 @@ def _read_shard(path: str) -> list[tuple[int, int, int]]:
     return [(*images[key], labels[key]) for key in images]
 
 
-def _read_label(path: str, member: tarfile.TarInfo) -> int:
+def _read_label(file: BinaryIO, member: tarfile.TarInfo) -> int:
     if member.size > 20:
         raise tarfile.ReadError(f"{member.name} has {member.size} bytes, expected a number")
-    with open(path, "rb") as file:
-        file.seek(member.offset_data)
-        text = file.read(member.size).strip()
+    file.seek(member.offset_data)  # tarfile seeks before it reads, too
+    text = file.read(member.size).strip()
     if not text.isdigit() or int(text) >= 10**6:
         raise tarfile.ReadError(f"{member.name} holds {text!r}, expected a class number from 0")
     return int(text)
