@@ -1,10 +1,11 @@
-#include "products.h"
+#include "tile_gemm.h"
 
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 namespace fused_preact {
 
@@ -50,22 +51,53 @@ Choice by_processor(at::ScalarType dtype) {
     return is_amd() ? Choice{true, "AMD's avx512_bf16"}
                     : Choice{false, "without AMX this avx512_bf16 multiplies slower than fp32"};
   }
-  return {false, "this processor has no products of this type"};
+  return {false, "only AMX (amx_fp16) is known to multiply this type faster than fp32"};
+}
+
+// Whether oneDNN multiplies this type here at all: ONEDNN_MAX_CPU_ISA and other builds of PyTorch may leave it out.
+template <typename P>
+bool multiplied() {
+  constexpr int64_t m = 16, n = 16, k = 32;
+  std::vector<P> a(m * k), b(k * n); // b[i / 2][j][i % 2] = j
+  std::vector<float> c(m * n);
+  for (int64_t i = 0; i < k * n; i++) {
+    a[i] = P(1);
+    b[i] = P(static_cast<float>(i / 2 % n));
+  }
+  try {
+    gemm<P>(m, n, k, a.data(), k, b.data(), n, c.data(), n, false);
+    gemm_release<P>();
+  } catch (const c10::Error&) {
+    return false;
+  }
+  for (int64_t i = 0; i < m * n; i++) {
+    if (c[i] != static_cast<float>(k * (i % n))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool can_multiply(at::ScalarType dtype) {
+  static const bool bfloat16 = multiplied<at::BFloat16>(), half = multiplied<at::Half>();
+  return dtype == at::kBFloat16 ? bfloat16 : half;
 }
 
 // FUSED_PREACT_CPU_PRODUCTS, empty where it is not set.
 std::string asked_for() {
   const char* value = std::getenv("FUSED_PREACT_CPU_PRODUCTS");
   const std::string asked = value == nullptr ? "" : value;
-  const bool native = has_amx(at::kBFloat16) || has_bf16();
+  if (asked.empty() || asked == "fp32") {
+    return asked;
+  }
+  const bool native = can_multiply(at::kBFloat16);
   TORCH_CHECK_VALUE(
-      asked.empty() || asked == "fp32" || (asked == "native" && native), "FUSED_PREACT_CPU_PRODUCTS: got '", asked,
-      "', allowed on this processor ", native ? "are 'fp32' and 'native'" : "is 'fp32' (it has no avx512_bf16)");
+      asked == "native" && native, "FUSED_PREACT_CPU_PRODUCTS: got '", asked, "', allowed here ",
+      native ? "are 'fp32' and 'native'" : "is 'fp32': oneDNN has no products of bfloat16 on this processor");
   return asked;
 }
 
 Choice choose(at::ScalarType dtype) {
-  static const std::string asked = asked_for();
   if (dtype == at::kFloat) {
     return {true, "its own type"};
   }
@@ -73,12 +105,11 @@ Choice choose(at::ScalarType dtype) {
   if (!at::globalContext().userEnabledMkldnn()) {
     return {false, "oneDNN is turned off"};
   }
-  const Choice choice = by_processor(dtype);
-  const bool can = choice.own || (dtype == at::kBFloat16 && has_bf16());
-  if (asked.empty() || (asked == "native") == choice.own || !can) {
-    return choice;
+  static const std::string asked = asked_for();
+  if (!can_multiply(dtype)) {
+    return {false, "oneDNN has no products of this type on this processor"};
   }
-  return {asked == "native", "FUSED_PREACT_CPU_PRODUCTS"};
+  return asked.empty() ? by_processor(dtype) : Choice{asked == "native", "FUSED_PREACT_CPU_PRODUCTS"};
 }
 
 } // namespace
