@@ -109,7 +109,9 @@ def _differentiable(
         assert rstd is not None
         assert weight is not None
         running = (None, None) if site.batch_stats else (mean, rstd.pow(-2) - site.eps)
-        bn = BatchNorm(gamma, beta, running[0], running[1], None, site.batch_stats, 0.0, site.eps, site.group, site.relu)
+        bn = BatchNorm(
+            gamma, beta, running[0], running[1], None, site.batch_stats, 0.0, site.eps, site.group, site.relu
+        )
         sites.append((bn, Convolution(weight, bias, *site.conv)))
         inputs += [gamma, beta, weight, bias]
     projection = None

@@ -30,7 +30,7 @@ class FoldedConv(NamedTuple):
 
 
 class FoldedUnit(NamedTuple):
-    """scale x + shift, then the convolutions, with a ReLU in front of those that ``relus`` says; plus the shortcut."""
+    """scale x + shift, then the convolutions with a ReLU in front of those that ``relus`` says; plus the shortcut."""
 
     scale: Tensor
     shift: Tensor

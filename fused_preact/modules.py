@@ -43,7 +43,7 @@ def _child(module: nn.Module, name: str) -> Any:
 
 
 def activated(bn: nn.Module, x: Tensor, relu: bool = True) -> Tensor:
-    """``relu(bn(x))`` (or without the ReLU), which updates running statistics once under activation checkpointing as fused calls do."""
+    """``relu(bn(x))`` or ``bn(x)``, whose running statistics checkpointing updates once, as those of fused calls."""
     if recomputing() and bn.training and runs_batch_norm(bn):
         return composite.activated(x, BatchNorm.of(bn, relu))  # type: ignore[arg-type]
     z: Tensor = bn(x)
@@ -72,8 +72,9 @@ class PreActConv2d(nn.Module):
     """``conv(relu(bn(x))) [+ residual]``: one pre-activation site with children ``bn`` and ``conv``.
 
     Takes the arguments of ``nn.Conv2d`` and, by keyword, ``eps``, ``momentum``, ``affine`` and
-    ``track_running_stats`` of ``nn.BatchNorm2d``; with ``relu=False`` it is ``conv(bn(x)) [+ residual]``. [N,C,H,W] -> [N,K,OH,OW], in the memory format of the input;
-    dtypes and errors as in :func:`fused_preact.functional.preact_conv2d`.
+    ``track_running_stats`` of ``nn.BatchNorm2d``; with ``relu=False`` it is ``conv(bn(x)) [+ residual]``.
+    [N,C,H,W] -> [N,K,OH,OW], in the memory format of the input; dtypes and errors as in
+    :func:`fused_preact.functional.preact_conv2d`.
     """
 
     def __init__(

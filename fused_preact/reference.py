@@ -1,9 +1,10 @@
 """The operations in plain PyTorch: what every kernel is checked against, and what serves where none is.
 
-A *site* is BN -> ReLU -> convolution, or, with ``relu=False``, BN -> convolution. Its forward and its closed-form backward are made of the functions
-below, each with the signature of the op of the same name in :mod:`fused_preact.ops` and of the launcher of
-the same name in ``fused_preact.kernels.triton``. :mod:`fused_preact.schedule` chains them into
-a whole residual unit. All of them take any floating dtype; float64 makes them the oracle.
+A *site* is BN -> ReLU -> convolution, or, with ``relu=False``, BN -> convolution. Its forward and its closed-form
+backward are made of the functions below, each with the signature of the op of the same name in
+:mod:`fused_preact.ops` and of the launcher of the same name in ``fused_preact.kernels.triton``.
+:mod:`fused_preact.schedule` chains them into a whole residual unit. All of them take any floating dtype; float64
+makes them the oracle.
 
 Equations (He et al. 2016, arXiv:1603.05027, for the unit; Ioffe & Szegedy 2015, arXiv:1502.03167, for BN),
 per channel, over m = N*H*W values:
@@ -159,9 +160,10 @@ def conv_fprop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Y = conv(a, W) + bias + residual, and the mean and biased variance of the stored y.
 
-    The activation a is max(s x + t, 0), without ``relu`` s x + t. Zero padding is applied to it, so a padded tap is 0 and
-    not max(t, 0). With ``stats=False`` the two statistics have no elements. Inference folds BNs away: without ``scale``
-    and ``shift`` the convolution reads x as it is, with ``output_relu`` it is max(conv(.) + bias, 0) + residual.
+    The activation a is max(s x + t, 0), without ``relu`` s x + t. Zero padding is applied to it, so a padded tap is 0
+    and not max(t, 0). With ``stats=False`` the two statistics have no elements. Inference folds BNs away: without
+    ``scale`` and ``shift`` the convolution reads x as it is, with ``output_relu`` it is max(conv(.) + bias, 0) +
+    residual.
     """
     a = x if scale is None or shift is None else _activate(x, scale, shift, relu)
     bias = None if bias is None else bias.to(weight.dtype)
@@ -214,8 +216,9 @@ def conv_dgrad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G = (dgrad(dy, W) + da) [z > 0], sum g and sum g (x - mu): like ``x``, [C], [C].
 
-    ``da`` is the gradient that a second user of the same activation sends; it is added before the mask. Without ``relu``
-    nothing is masked, with ``scale=None`` nor summed: that is the form in which a second user computes ``da``.
+    ``da`` is the gradient that a second user of the same activation sends; it is added before the mask. Without
+    ``relu`` nothing is masked, with ``scale=None`` nothing is masked or summed: that is the form in which a second
+    user computes ``da``.
     """
     grad = _conv_backward(dy, x, weight, stride, padding, dilation, groups, (True, False))[0]
     grad = grad.contiguous(memory_format=memory_format_of(x))

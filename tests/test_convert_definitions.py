@@ -56,8 +56,14 @@ FEW_IN_TRAINING = {"skipped_units": 6 / 10}
 # keeps four maps (the inputs of two norms and of two convolutions), a fused one two.
 SAVED = {
     "hysts_flags": (63, f"{BEHIND}: its input is a third map"),
-    "wide_resnet_dropout": (82, "a dropout in front of the second convolution, its mask, and what both it and ReLU read"),
-    "wide_resnet_older": (61, "a dropout's mask is a third map (on a GPU, where it is of bytes, a quarter of one)"),
+    "wide_resnet_dropout": (
+        82,
+        "a dropout in front of the second convolution: ReLU's output, the mask and the dropped map stay",
+    ),
+    "wide_resnet_older": (
+        61,
+        "a dropout's mask is a third map (on a GPU, where it is of bytes, a quarter of one)",
+    ),
     "skipped_units": (68, DRAWN),
     "squeeze_excitation": (61, "what is scaled is saved for the scale: a third map"),
     "blurred_downsampling": (67, f"{POOL}, padded once more by the blur"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fused_preact
 from fused_preact import PreActConv2d, folding, fuse, ops, reference
-from fused_preact.arguments import BatchNorm, ConvKind, Convolution, NormKind, check_unit, checked, kind
+from fused_preact.arguments import BatchNorm, ConvKind, Convolution, NormKind, check_unit, checked
 from fused_preact.functional import preact_conv2d
 
 pytestmark = pytest.mark.usefixtures("poisoned", "exact_float32")
@@ -35,9 +35,7 @@ def run(k: Any, s: Any, constants: Any) -> dict[str, Tensor]:
     joint, *_ = k.conv_fprop_bn(s.x, s.scale, s.shift, s.weight, s.bias, *constants, None, None, 1e-5, False)
     g, sum_g, sum_gx = k.conv_dgrad(s.dy, s.weight, s.x, s.scale, s.shift, s.mean, s.da, *constants, False)
     dweight = k.conv_wgrad(s.dy, s.x, s.scale, s.shift, s.weight, *constants, False)
-    whole = k.conv_backward(
-        s.dy, [], s.weight, s.x, bn, s.da, None, *constants, True, False, True, False
-    )
+    whole = k.conv_backward(s.dy, [], s.weight, s.x, bn, s.da, None, *constants, True, False, True, False)
     names = ("backward g", "backward sum_g", "backward sum_gx", "backward dweight", "dgamma")
     return {
         "y": y, "mean": mean, "var": var, "fprop_bn y": joint, "g": g, "sum_g": sum_g, "sum_gx": sum_gx,
@@ -109,7 +107,10 @@ def test_infinities_are_those_of_pytorch(
     values[0, 1, 2, 3], values[1, 4, 4, 1], values[1, 3, 6, 5] = float("nan"), float("inf"), -float("inf")
     weight = torch.randn(4, 6 // groups, 3, 3, generator=generator).to(device, dtype)
     gamma = torch.linspace(-1, 1.5, 6, device=device)
-    shared = (torch.rand(6, generator=generator).to(device), torch.rand(6, generator=generator).to(device) + 1)
+    shared = (
+        torch.rand(6, generator=generator).to(device),
+        torch.rand(6, generator=generator).to(device) + 1,
+    )
     found = []
     for fused in (True, False):
         x = values.to(device, dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -146,7 +147,15 @@ def test_infinities_are_those_of_pytorch(
 def test_remembered_launches_are_not_those_of_a_site_with_a_relu() -> None:
     x, conv = torch.randn(2, 4, 5, 5), ConvKind.of(Convolution(torch.randn(3, 4, 3, 3)))
     plans = [
-        checked(check_unit, x, ((NormKind.of(BatchNorm(training=True, relu=relu)), conv),), None, False, None, False)
+        checked(
+            check_unit,
+            x,
+            ((NormKind.of(BatchNorm(training=True, relu=relu)), conv),),
+            None,
+            False,
+            None,
+            False,
+        )
         for relu in (True, False, True)
     ]
     assert [plan.unit.sites[0].relu for plan in plans] == [True, False, True]

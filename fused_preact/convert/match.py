@@ -283,8 +283,8 @@ def _called(node: Node) -> str:
 
 
 LEAST_CHANNELS = 4
-"""Of a site's input. Vectors and tiles hold 16 channels and more: BN and the 7x7 stem of an image took 2.7 times as long
-fused as one after the other (Intel Xeon, AVX-512, AMX, 2 cores, torch 2.13.0)."""
+"""Of a site's input. Vectors and tiles hold 16 channels and more: BN and the 7x7 stem of an image took 2.7 times as
+long fused as one after the other (Intel Xeon, AVX-512, AMX, 2 cores, torch 2.13.0)."""
 
 
 def _site(conv: Convolve, values: Values) -> Site | Left:

@@ -156,6 +156,10 @@ _NATIVE_NORM_ARGUMENTS = (
     "momentum",
     "eps",
 )
+_POOL_ARGUMENTS = (
+    *("input", "kernel_size", "stride", "padding"),
+    *("ceil_mode", "count_include_pad", "divisor_override"),
+)
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -191,12 +195,10 @@ def role_of(node: Node, modules: Modules) -> Role | None:
         found = _bound(node, ("input", "output_size"), {})
         return Pool(node, x, True) if found is not None and _is_one(found["output_size"]) else None
     if target is F.avg_pool2d:
-        found = _bound(node, ("input", "kernel_size", "stride", "padding"), {"stride": None, "padding": 0})
-        return (
-            None
-            if found is None
-            else _window(node, x, found["kernel_size"], found["stride"], found["padding"])
-        )
+        found = _bound(node, _POOL_ARGUMENTS, {"stride": None, "padding": 0})
+        if found is None or found.get("ceil_mode", False) or found.get("divisor_override") is not None:
+            return None
+        return _window(node, x, found["kernel_size"], found["stride"], found["padding"])
     if target == "contiguous":
         return Same(node, x)
     return None
@@ -295,7 +297,12 @@ def _conv(node: Node, modules: Modules) -> Role | None:
     weight, groups = found["weight"], found["groups"]
     constants = (*sizes, groups)
     return Convolve(
-        node, found["input"], None, (weight, found["bias"]), constants, channels=_channels(weight, groups, modules)
+        node,
+        found["input"],
+        None,
+        (weight, found["bias"]),
+        constants,
+        channels=_channels(weight, groups, modules),
     )
 
 

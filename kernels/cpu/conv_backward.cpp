@@ -108,8 +108,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_by_one(
     const OptionalTensor& da, const OptionalTensor& residual_grad, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad, bool relu) {
   const Tensor dy = pending.empty() ? dy_ : Behind(pending).applied(dy_);
-  const Tensor dweight = weight_grad ? conv_wgrad(dy, x, bn[0], bn[1], weight, stride, padding, dilation, groups, relu)
-                                     : at::empty({0}, weight.options());
+  const Tensor dweight = weight_grad
+      ? conv_wgrad(dy, x, bn[0], bn[1], weight, stride, padding, dilation, groups, relu)
+      : at::empty({0}, weight.options());
   auto [g, sum_g, sum_gx] =
       conv_dgrad(dy, weight, x, bn[0], bn[1], bn[2], da, stride, padding, dilation, groups, relu);
   if (apply) {

@@ -14,7 +14,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
       (!da_.has_value() || da_->scalar_type() == dtype);
   if (!served(x_) || !served(dy_) || !same_dtype) {
     return call_reference<decltype(conv_dgrad)>(
-        "fused_preact::conv_dgrad", dy_, weight, x_, scale_, shift_, mean_, da_, stride, padding, dilation, groups, relu);
+        "fused_preact::conv_dgrad", dy_, weight, x_, scale_, shift_, mean_, da_, stride, padding, dilation, groups,
+        relu);
   }
   const bool masked = scale_.has_value() && shift_.has_value() && mean_.has_value();
   if (takes_split_path(x_, weight, stride, groups)) {

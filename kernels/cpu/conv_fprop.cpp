@@ -1,5 +1,5 @@
-// conv_fprop: y = conv(a, W) + bias + residual, and the moments of the stored y. a is max(s x + t, 0) with relu, s x + t
-// without, and x without s and t; with output_relu the sum with the bias is max(., 0), before the residual is added.
+// conv_fprop: y = conv(a, W) + bias + residual, and the moments of the stored y. a is max(s x + t, 0) with relu, else
+// s x + t, and x without s and t; with output_relu the sum with the bias is max(., 0), before the residual is added.
 #include <ATen/ops/ones.h>
 
 #include "ops.h"

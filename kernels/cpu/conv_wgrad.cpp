@@ -1,4 +1,4 @@
-// conv_wgrad: dW = wgrad(max(s x + t, 0), dy), without a ReLU wgrad(s x + t, dy), the activation recomputed tile by tile.
+// conv_wgrad: dW = wgrad(a, dy), the activation a = max(s x + t, 0), or s x + t, recomputed tile by tile.
 //
 // A sum over pixels of outer products: dW = dy^T a, with a [pixels, taps * channels] made in scratch. One
 // operand has to be transposed there; the narrower one is. The work is cut into column blocks of the result (so

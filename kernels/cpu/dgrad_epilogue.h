@@ -34,8 +34,8 @@ struct DgradEpilogue {
       const int64_t at = run.dst_pixel * channels + c;
       loops<T>().dgrad_epilogue(
           panel.acc == nullptr ? nullptr : panel.acc + run.row * panel.acc_stride, panel.acc_stride, run.count,
-          panel.channels, x + at, da == nullptr ? nullptr : da + at, g + at, run.dst_step * channels, from_channel(bn, c),
-          mean == nullptr ? nullptr : mean + c, sum_g + (c - first), sum_gx + (c - first));
+          panel.channels, x + at, da == nullptr ? nullptr : da + at, g + at, run.dst_step * channels,
+          from_channel(bn, c), mean == nullptr ? nullptr : mean + c, sum_g + (c - first), sum_gx + (c - first));
     }
   }
 

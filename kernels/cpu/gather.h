@@ -62,8 +62,8 @@ struct Run {
 // The runs of pixels [begin, end) of the grid.
 void list_runs(const Grid& grid, int64_t begin, int64_t end, std::vector<Run>& runs);
 
-// An NHWC tensor and the prologue to be applied on load: of a BN and perhaps its ReLU (bn.scale null: none), or of a BN's
-// backward (pending.a null: none).
+// An NHWC tensor and the prologue to be applied on load: of a BN and perhaps its ReLU (bn.scale null: none), or of a
+// BN's backward (pending.a null: none).
 template <typename T>
 struct Source {
   const T* data;

@@ -24,9 +24,9 @@ struct Moments {
   float* m2;
 };
 
-// The prologue and what the mask of a backward pass recomputes: z = scale x + shift, per channel, rounded alike in both,
-// then max(z, floor). A floor of 0 is the ReLU. One of NaN, below which nothing lies, leaves every z as it is, infinities
-// too, and masks nothing: a site without a ReLU.
+// The prologue and what the mask of a backward pass recomputes: z = scale x + shift, per channel, rounded alike in
+// both, then max(z, floor). A floor of 0 is the ReLU. One of NaN, below which nothing lies, leaves every z as it is,
+// infinities too, and masks nothing: a site without a ReLU.
 struct Affine {
   const float* scale; // null: identity, no ReLU
   const float* shift;

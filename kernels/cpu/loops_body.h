@@ -125,7 +125,7 @@ FP_INLINE void put(T* p, vf v, int64_t n) {
   }
 }
 
-// A NaN passes, in the ReLU and in its mask ("z <= floor gives 0", not "z > floor gives g"); a floor of NaN lets all pass.
+// A NaN passes, in the ReLU and in its mask ("z <= floor gives 0", not "z > floor gives g"); with a floor of NaN all do.
 FP_INLINE vf rectified(vf z, vf floor) {
   return floor > z ? floor : z;
 }

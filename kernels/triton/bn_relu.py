@@ -1,4 +1,4 @@
-"""The activation alone, a = max(s x + t, 0) or s x + t: the temporary that the split path hands to a library convolution."""
+"""The activation alone, a = max(s x + t, 0) or s x + t: what the split path hands to a library convolution."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""dgrad: the gradient of the activated input, masked by the recomputed ReLU (where there is one) and reduced for BN in
-the epilogue.
+"""dgrad: the gradient of the activated input, masked by the recomputed ReLU and reduced for BN in the epilogue.
 
 An implicit GEMM whose rows are input pixels and whose reduction runs over the taps and output channels. With a
 stride, pixels are taken by phase, (h mod stride_h, w mod stride_w): all pixels of a phase receive the same taps,
@@ -231,8 +230,8 @@ def conv_dgrad(
     """g = (dgrad(dy, W) + da) [z > 0], sum g and sum g (x - mu): like ``x``, float32 [C], [C].
 
     ``dy`` [N,K,OH,OW] with any strides, ``weight`` [K,C/groups,R,S], ``x`` and ``da`` [N,C,H,W]. Without
-    ``relu`` nothing is masked, with ``scale=None`` nor summed. Groups take the split path. With ``pending``, as
-    :func:`.conv_backward.conv_backward` takes it, the BN backward that makes dy is applied on load.
+    ``relu`` nothing is masked, with ``scale=None`` nothing is masked or summed. Groups take the split path. With
+    ``pending``, as :func:`.conv_backward.conv_backward` takes it, the BN backward that makes dy is applied on load.
     """
     call = call_of(x, weight, stride, padding, dilation, groups)
     launched = launch_dgrad(call, dy, weight, x, (scale, shift, mean), da, relu, pending)

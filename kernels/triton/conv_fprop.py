@@ -1,4 +1,4 @@
-"""fprop: the convolution of max(s x + t, 0), or of s x + t, with the identity addition and statistics in the epilogue.
+"""fprop: the convolution of max(s x + t, 0) or s x + t, with the identity addition and statistics in the epilogue.
 
 An implicit GEMM on channels_last tensors: rows are output pixels, columns output channels, and the reduction
 runs over the taps (r, s) and, innermost, the input channels. A tile of raw ``x`` is loaded, activated in
@@ -191,8 +191,8 @@ def conv_fprop(
     """y = conv(max(s x + t, 0), W) + bias + residual, and the mean and biased variance of the stored y.
 
     ``x`` [N,C,H,W], ``weight`` [K,C/groups,R,S], ``residual`` like y [N,K,OH,OW]. float32, bfloat16 or float16.
-    Without ``relu`` the convolution reads s x + t, without ``scale`` and ``shift`` x as it is; with ``output_relu`` it is
-    max(conv(.) + bias, 0) + residual. Without ``stats`` the two statistics are empty.
+    Without ``relu`` the convolution reads s x + t, without ``scale`` and ``shift`` x as it is; with ``output_relu``
+    it is max(conv(.) + bias, 0) + residual. Without ``stats`` the two statistics are empty.
     :mod:`.choose` says by which path; groups take the split one.
     """
     call = call_of(x, weight, stride, padding, dilation, groups)
@@ -229,9 +229,7 @@ def conv_fprop_bn(
     call = call_of(x, weight, stride, padding, dilation, groups)
     launched = _launch(call, x, (scale, shift), weight, bias, None, True, False, relu)
     if launched is None:
-        y, mean, var = split.conv_fprop(
-            x, scale, shift, weight, bias, None, call.geometry, True, False, relu
-        )
+        y, mean, var = split.conv_fprop(x, scale, shift, weight, bias, None, call.geometry, True, False, relu)
         return y, mean, var, *bn_scale_shift(mean, var, bn_weight, bn_bias, eps)
     y, statistics = launched
     assert statistics is not None, "they were asked for"

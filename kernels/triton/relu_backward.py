@@ -54,7 +54,10 @@ def _relu_backward_kernel(
 def relu_backward(
     da: Tensor, db: Tensor | None, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """g = (da + db) [z > 0] like ``x`` (channels_last), sum g and sum g (x - mu), float32 [C] each; no mask without ``relu``."""
+    """g = (da + db) [z > 0] like ``x`` (channels_last), sum g and sum g (x - mu), float32 [C] each.
+
+    Without ``relu`` nothing is masked.
+    """
     da, x = channels_last(da), channels_last(x)
     n, channels, height, width = x.shape
     rows = n * height * width
