@@ -54,10 +54,12 @@ class BatchNorm(NamedTuple):
     eps: float = 1e-5
     group: Group | None = None
     """Over whose values statistics of the batch are taken: this process' alone, or those of a process group."""
+    relu: bool = True
+    """Whether a ReLU follows in front of the convolution. The one field that ``batch_norm`` does not know."""
 
     @classmethod
-    def of(cls, module: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
-        """The arguments that ``module`` would normalise with in its present mode.
+    def of(cls, module: nn.modules.batchnorm._BatchNorm, relu: bool = True) -> BatchNorm:
+        """The arguments that ``module`` would normalise with in its present mode, with a ReLU behind it or without.
 
         It is an ``nn.BatchNorm2d``, or an ``nn.SyncBatchNorm`` (which may have a group to share with).
         As in PyTorch, a module in eval mode without running statistics uses those of the batch, and a module
@@ -81,6 +83,7 @@ class BatchNorm(NamedTuple):
             momentum,
             module.eps,
             group_of(module) if isinstance(module, nn.SyncBatchNorm) else None,
+            relu,
         )
 
     @property
@@ -163,10 +166,11 @@ class NormKind(NamedTuple):
     cumulative: bool
     eps: float
     group: Group | None
+    relu: bool
 
     @classmethod
     def of(cls, bn: BatchNorm) -> NormKind:
-        weight, bias, mean, var, counter, training, momentum, eps, group = bn
+        weight, bias, mean, var, counter, training, momentum, eps, group, relu = bn
         return cls(
             None if weight is None else (weight.shape, weight.dtype, weight.device),
             None if bias is None else (bias.shape, bias.dtype, bias.device),
@@ -177,6 +181,7 @@ class NormKind(NamedTuple):
             momentum is None,
             eps,
             group,
+            relu,
         )
 
 
@@ -346,7 +351,7 @@ def check_unit(
         counts.append(values_per_channel(shape))
         spec, shape = _check_convolution(x, shape, conv, prefix and f"{prefix}conv.")
         batch_stats = bn.training or bn.running_mean is None
-        constants.append(Site(spec, bn.eps, batch_stats, bn.group))
+        constants.append(Site(spec, bn.eps, batch_stats, bn.group, bn.relu))
     projection_spec = None
     if projection is not None:
         projection_spec, projected = _check_convolution(x, tuple(x[0]), projection, "projection.")
@@ -361,5 +366,7 @@ def check_unit(
 
 
 def check_head(x: Kind, bn: NormKind) -> None:
+    if not bn.relu:
+        raise ValueError("bn.relu: got False, allowed in front of the pooling is True")
     _check_input(x)
     _check_batch_norm(x, bn, "bn.", tuple(x[0]))

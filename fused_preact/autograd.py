@@ -35,7 +35,7 @@ Update = Callable[[Sequence[Tensor]], None] | None
 
 
 class UnitFunction(torch.autograd.Function):
-    """A chain of BN -> ReLU -> convolution sites with its shortcut; see :func:`schedule.unit_forward`.
+    """A chain of BN -> ReLU (or nothing) -> convolution sites with its shortcut; see :func:`schedule.unit_forward`.
 
     Tensor arguments, in order: ``x``; ``residual``; the projection's weight and bias; then per site gamma,
     beta, W, bias; then per site mean and var (None where they are made here). Returns y;
@@ -109,7 +109,9 @@ def _differentiable(
         assert rstd is not None
         assert weight is not None
         running = (None, None) if site.batch_stats else (mean, rstd.pow(-2) - site.eps)
-        bn = BatchNorm(gamma, beta, running[0], running[1], None, site.batch_stats, 0.0, site.eps, site.group)
+        bn = BatchNorm(
+            gamma, beta, running[0], running[1], None, site.batch_stats, 0.0, site.eps, site.group, site.relu
+        )
         sites.append((bn, Convolution(weight, bias, *site.conv)))
         inputs += [gamma, beta, weight, bias]
     projection = None

@@ -43,7 +43,7 @@ def bn_relu_avg_pool(x: Tensor, bn: BatchNorm) -> Tensor:
 
 
 def activated(x: Tensor, bn: BatchNorm) -> Tensor:
-    """ReLU of what the forward of a BN module returns; updates running statistics.
+    """What the forward of a BN module returns, and its ReLU where ``bn.relu``; updates running statistics.
 
     Raises RuntimeError for a synchronised BN where no other process can be called: in a ``torch.func`` transform.
     """
@@ -62,9 +62,11 @@ def activated(x: Tensor, bn: BatchNorm) -> Tensor:
         if momentum is None:
             momentum = 1.0 / float(bn.num_batches_tracked)
     if bn.group is not None:
-        return F.relu(_synchronised(x, bn, bn.group, momentum or 0.0))
-    running = bn.running_mean, bn.running_var
-    return F.relu(F.batch_norm(x, *running, bn.weight, bn.bias, bn.batch_stats, momentum or 0.0, bn.eps))
+        z = _synchronised(x, bn, bn.group, momentum or 0.0)
+    else:
+        running = bn.running_mean, bn.running_var
+        z = F.batch_norm(x, *running, bn.weight, bn.bias, bn.batch_stats, momentum or 0.0, bn.eps)
+    return F.relu(z) if bn.relu else z
 
 
 def _synchronised(x: Tensor, bn: BatchNorm, group: Group, momentum: float) -> Tensor:

@@ -40,7 +40,7 @@ def _wgrad(dy: Any, x: Any, scale: Any, shift: Any, weight: Any, *args: Any, **k
 
 
 def _backward(dy: Any, pending: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    weight_grad: bool = args[-1]
+    weight_grad: bool = args[10]  # x, bn, da, residual_grad, four of the convolution, training, apply, this
     return _convolution(weight, dy) * (2 if weight_grad else 1)
 
 

@@ -30,7 +30,7 @@ class FoldedConv(NamedTuple):
 
 
 class FoldedUnit(NamedTuple):
-    """relu(scale x + shift), then the convolutions with a ReLU between two; plus the shortcut."""
+    """scale x + shift, then the convolutions with a ReLU in front of those that ``relus`` says; plus the shortcut."""
 
     scale: Tensor
     shift: Tensor
@@ -38,6 +38,7 @@ class FoldedUnit(NamedTuple):
     projection: FoldedConv | None
     padding: tuple[int, int] | None
     """The stride of a shortcut that pads with zero channels; it has a projection too, for other backends."""
+    relus: tuple[bool, ...]
 
 
 class UnitArguments(NamedTuple):
@@ -168,7 +169,8 @@ def fold_unit(unit: UnitArguments) -> FoldedUnit:
             weight * scale[:, None, None, None], shift if bias is None else shift + scale * bias, constants
         )
     projection = None if unit.projection is None else _wide(unit.projection, wide)
-    return FoldedUnit(*affine[0], convs, projection, unit.padding)
+    relus = tuple(bn.relu for bn, _ in unit.sites)
+    return FoldedUnit(*affine[0], convs, projection, unit.padding, relus)
 
 
 def _wide(conv: Convolution, dtype: torch.dtype) -> FoldedConv:
@@ -185,16 +187,20 @@ def _run_sites(k: Any, units: list[FoldedUnit], tensors: Sequence[Tensor | None]
     assert x is not None
     for unit in units:
         added = x
+        first, *following = unit.relus
         if unit.projection is not None:
             weight, bias, constants = unit.projection
             added, _, _ = k.conv_fprop(
-                x, unit.scale, unit.shift, weight, bias, None, *constants, False, False
+                x, unit.scale, unit.shift, weight, bias, None, *constants, False, False, first
             )
         last = len(unit.convs) - 1
         affine: tuple[Tensor | None, Tensor | None] = (unit.scale, unit.shift)
-        for index, (weight, bias, constants) in enumerate(unit.convs):
+        # The last convolution has no BN behind it in the unit.
+        for index, ((weight, bias, constants), relu) in enumerate(
+            zip(unit.convs, [*following, False], strict=True)
+        ):
             residual = added if index == last else None
-            x, _, _ = k.conv_fprop(x, *affine, weight, bias, residual, *constants, False, index < last)
+            x, _, _ = k.conv_fprop(x, *affine, weight, bias, residual, *constants, False, relu, first)
             affine = (None, None)
     return [x]
 
@@ -244,6 +250,8 @@ def _pack(units: list[FoldedUnit], dtype: torch.dtype) -> _Packed | None:
     spec = [units[0].convs[0].weight.shape[1]]
     tensors: list[Tensor] = []
     for unit in units:
+        if not all(unit.relus):
+            return None
         projected = unit.projection is not None and unit.padding is None
         kind = "identity" if unit.projection is None else "projection" if projected else "padding"
         tails = [c.bias for c in (unit.convs[-1], unit.projection) if c is not None and c.bias is not None]

@@ -65,6 +65,7 @@ def preact_conv2d(
     groups: int = 1,
     residual: Tensor | None = None,
     statistics: Statistics | None = None,
+    relu: bool = True,
 ) -> Tensor:
     """``conv2d(relu(batch_norm(input)), weight, bias) + residual`` without storing the activated tensor.
 
@@ -75,13 +76,22 @@ def preact_conv2d(
     cumulative average and needs ``num_batches_tracked``, which is counted up.
 
     ``statistics`` are the mean and biased variance of ``input`` where its producer has them; without them
-    one more read of ``input`` computes them.
+    one more read of ``input`` computes them. Without ``relu`` the convolution reads the normalised tensor itself.
 
     Equations: He et al. 2016 (arXiv:1603.05027); :mod:`fused_preact.reference` has them. Raises ValueError
     for a wrong shape or value, TypeError for a dtype mix, RuntimeError for a backend that is not there.
     """
     bn = BatchNorm(
-        bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        None,
+        relu,
     )
     return preact_site(
         input, bn, Convolution(weight, bias, stride, padding, dilation, groups), residual, statistics
@@ -95,7 +105,10 @@ def preact_site(
     residual: Tensor | None = None,
     statistics: Statistics | None = None,
 ) -> Tensor:
-    """:func:`preact_conv2d` with its arguments in two groups: ``conv(relu(bn(input))) + residual``."""
+    """:func:`preact_conv2d` with its arguments in two groups: ``conv(relu(bn(input))) + residual``.
+
+    Without the ReLU where ``bn.relu`` is False.
+    """
     y, _ = _unit(input, [(bn, conv)], None, False, residual, statistics, False)
     return y
 
@@ -110,8 +123,8 @@ def residual_unit(
 ) -> tuple[Tensor, Statistics | None]:
     """A whole pre-activation residual unit: ``x + F(x)``, or ``projection(relu(bn(x))) + F(x)``.
 
-    F is the chain of ``sites``, each BN -> ReLU -> convolution. An identity shortcut adds the raw ``input``; a
-    projection reads the first site's activation, as in the paper. ``input`` [N,C,H,W] -> [N,K,OH,OW].
+    F is the chain of ``sites``, each BN -> ReLU (where ``bn.relu``) -> convolution. An identity shortcut adds the raw
+    ``input``; a projection reads the first site's activation, as in the paper. ``input`` [N,C,H,W] -> [N,K,OH,OW].
 
     ``statistics`` are those of ``input``; with ``return_statistics`` the last epilogue reduces those of the
     output, for the next unit's ``statistics``; otherwise None is returned in their place. Running statistics

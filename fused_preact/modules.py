@@ -42,11 +42,12 @@ def _child(module: nn.Module, name: str) -> Any:
     return getattr(module, name) if child is None else child
 
 
-def activated(bn: nn.Module, x: Tensor) -> Tensor:
-    """``relu(bn(x))``, which updates running statistics once under activation checkpointing as fused calls do."""
+def activated(bn: nn.Module, x: Tensor, relu: bool = True) -> Tensor:
+    """``relu(bn(x))`` or ``bn(x)``, whose running statistics checkpointing updates once, as those of fused calls."""
     if recomputing() and bn.training and runs_batch_norm(bn):
-        return composite.activated(x, BatchNorm.of(bn))  # type: ignore[arg-type]
-    return F.relu(bn(x))
+        return composite.activated(x, BatchNorm.of(bn, relu))  # type: ignore[arg-type]
+    z: Tensor = bn(x)
+    return F.relu(z) if relu else z
 
 
 Folded = Callable[[Tensor], Tensor | None]
@@ -71,8 +72,9 @@ class PreActConv2d(nn.Module):
     """``conv(relu(bn(x))) [+ residual]``: one pre-activation site with children ``bn`` and ``conv``.
 
     Takes the arguments of ``nn.Conv2d`` and, by keyword, ``eps``, ``momentum``, ``affine`` and
-    ``track_running_stats`` of ``nn.BatchNorm2d``. [N,C,H,W] -> [N,K,OH,OW], in the memory format of the input;
-    dtypes and errors as in :func:`fused_preact.functional.preact_conv2d`.
+    ``track_running_stats`` of ``nn.BatchNorm2d``; with ``relu=False`` it is ``conv(bn(x)) [+ residual]``.
+    [N,C,H,W] -> [N,K,OH,OW], in the memory format of the input; dtypes and errors as in
+    :func:`fused_preact.functional.preact_conv2d`.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class PreActConv2d(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        relu: bool = True,
         fused: bool = True,
         device: Any = None,
         dtype: Any = None,
@@ -100,14 +103,15 @@ class PreActConv2d(nn.Module):
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **factory
         )
+        self.relu = relu
         self.fused = fused
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         bn, conv = _child(self, "bn"), _child(self, "conv")
         if not self.fused or observed(input) or not (runs_batch_norm(bn) and runs_convolution(conv)):
-            y = self.conv(activated(self.bn, input))
+            y = self.conv(activated(self.bn, input, self.relu))
             return y if residual is None else y + residual
-        return preact_site(input, BatchNorm.of(bn), Convolution.of(conv), residual)
+        return preact_site(input, BatchNorm.of(bn, self.relu), Convolution.of(conv), residual)
 
 
 class IdentityProjection(nn.Module):

@@ -40,14 +40,16 @@ _SCHEMAS = {
     "bn_update_running": "(Tensor[] mean, Tensor[] var, Tensor(a!)[] running_mean, Tensor(b!)[] running_var,"
     " Tensor(c!)[] num_batches_tracked, float? momentum, SymInt[] count) -> ()",
     "conv_fprop": "(Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor? bias, Tensor? residual,"
-    f" {_CONV}, bool stats, bool relu=False) -> (Tensor, Tensor, Tensor)",
+    f" {_CONV}, bool stats, bool output_relu=False, bool relu=True) -> (Tensor, Tensor, Tensor)",
     "conv_fprop_bn": "(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias,"
-    f" {_CONV}, Tensor? bn_weight, Tensor? bn_bias, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" {_CONV}, Tensor? bn_weight, Tensor? bn_bias, float eps, bool relu=True)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "conv_dgrad": "(Tensor dy, Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? da,"
-    f" {_CONV}) -> (Tensor, Tensor, Tensor)",
-    "conv_wgrad": f"(Tensor dy, Tensor x, Tensor scale, Tensor shift, Tensor weight, {_CONV}) -> Tensor",
+    f" {_CONV}, bool relu=True) -> (Tensor, Tensor, Tensor)",
+    "conv_wgrad": "(Tensor dy, Tensor x, Tensor scale, Tensor shift, Tensor weight,"
+    f" {_CONV}, bool relu=True) -> Tensor",
     "conv_backward": "(Tensor dy, Tensor[] pending, Tensor weight, Tensor x, Tensor[] bn, Tensor? da,"
-    f" Tensor? residual_grad, {_CONV}, bool training, bool apply, bool weight_grad)"
+    f" Tensor? residual_grad, {_CONV}, bool training, bool apply, bool weight_grad, bool relu=True)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "bn_backward_apply": "(Tensor g, Tensor x, Tensor mean, Tensor scale, Tensor rstd, Tensor sum_g,"
     " Tensor sum_gx, bool training, Tensor? residual_grad) -> Tensor",
@@ -97,7 +99,7 @@ def _fake_conv_fprop(
     dilation: list[int],
     groups: int,
     stats: bool,
-    relu: bool = False,
+    *relus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = reference.conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     y = _empty_like(x, (x.shape[0], weight.shape[0], *size))
@@ -137,9 +139,23 @@ def _fake_conv_wgrad(
 
 
 def _fake_conv_backward(
-    dy: Tensor, pending: list[Tensor], weight: Tensor, x: Tensor, bn: list[Tensor], *args: Any
+    dy: Tensor,
+    pending: list[Tensor],
+    weight: Tensor,
+    x: Tensor,
+    bn: list[Tensor],
+    da: Tensor | None,
+    residual_grad: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    training: bool,
+    apply: bool,
+    weight_grad: bool,
+    relu: bool = True,
 ) -> tuple[Tensor, ...]:
-    dweight = torch.empty_like(weight) if args[-1] else weight.new_empty(0)
+    dweight = torch.empty_like(weight) if weight_grad else weight.new_empty(0)
     sum_g, sum_gx, dgamma = (_vector(x, x.shape[1]) for _ in range(3))
     return _empty_like(x, tuple(x.shape)), sum_g, sum_gx, dweight, dgamma
 

@@ -1,9 +1,10 @@
 """The operations in plain PyTorch: what every kernel is checked against, and what serves where none is.
 
-A *site* is BN -> ReLU -> convolution. Its forward and its closed-form backward are made of the functions
-below, each with the signature of the op of the same name in :mod:`fused_preact.ops` and of the launcher of
-the same name in ``fused_preact.kernels.triton``. :mod:`fused_preact.schedule` chains them into
-a whole residual unit. All of them take any floating dtype; float64 makes them the oracle.
+A *site* is BN -> ReLU -> convolution, or, with ``relu=False``, BN -> convolution. Its forward and its closed-form
+backward are made of the functions below, each with the signature of the op of the same name in
+:mod:`fused_preact.ops` and of the launcher of the same name in ``fused_preact.kernels.triton``.
+:mod:`fused_preact.schedule` chains them into a whole residual unit. All of them take any floating dtype; float64
+makes them the oracle.
 
 Equations (He et al. 2016, arXiv:1603.05027, for the unit; Ioffe & Szegedy 2015, arXiv:1502.03167, for BN),
 per channel, over m = N*H*W values:
@@ -14,6 +15,8 @@ per channel, over m = N*H*W values:
               dbeta = sum g         dgamma = r sum g (x - mu)
               dx = s (g - dbeta/m - (x - mu) r dgamma/m)      batch statistics
               dx = s g                                        running statistics
+
+Without a ReLU a = z and g = da.
 
 Tensors are N,C,H,W in either memory format; every output has the memory format of ``x``. Statistics and
 per-channel vectors are float32, or float64 where ``x`` is float64.
@@ -85,9 +88,10 @@ def _normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(_column(shift), x.to(scale.dtype), _column(scale))
 
 
-def _activate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """A = max(s x + t, 0), rounded to the dtype of ``x`` as the convolution's input is."""
-    return _normalise(x, scale, shift).relu_().to(x.dtype)
+def _activate(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
+    """A = max(s x + t, 0) or s x + t, rounded to the dtype of ``x`` as the convolution's input is."""
+    z = _normalise(x, scale, shift)
+    return (z.relu_() if relu else z).to(x.dtype)
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,18 +155,20 @@ def conv_fprop(
     dilation: Sequence[int],
     groups: int,
     stats: bool,
-    relu: bool = False,
+    output_relu: bool = False,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Y = conv(max(s x + t, 0), W) + bias + residual, and the mean and biased variance of the stored y.
+    """Y = conv(a, W) + bias + residual, and the mean and biased variance of the stored y.
 
-    Zero padding is applied to the activated tensor, so a padded tap is 0 and not max(t, 0). With
-    ``stats=False`` the two statistics have no elements. Inference folds BNs away: without ``scale`` and ``shift`` the
-    convolution reads x as it is, with ``relu`` it is max(conv(.) + bias, 0) + residual.
+    The activation a is max(s x + t, 0), without ``relu`` s x + t. Zero padding is applied to it, so a padded tap is 0
+    and not max(t, 0). With ``stats=False`` the two statistics have no elements. Inference folds BNs away: without
+    ``scale`` and ``shift`` the convolution reads x as it is, with ``output_relu`` it is max(conv(.) + bias, 0) +
+    residual.
     """
-    a = x if scale is None or shift is None else _activate(x, scale, shift)
+    a = x if scale is None or shift is None else _activate(x, scale, shift, relu)
     bias = None if bias is None else bias.to(weight.dtype)
     y = F.conv2d(a, weight, bias, stride, padding, dilation, groups)
-    if relu:
+    if output_relu:
         y = y.relu_()
     if residual is not None:
         y = y + residual
@@ -186,9 +192,11 @@ def conv_fprop_bn(
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
     eps: float,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`conv_fprop` and :func:`bn_scale_shift` of the BN that reads y: y, mean, var, scale, shift, rstd."""
-    y, mean, var = conv_fprop(x, scale, shift, weight, bias, None, stride, padding, dilation, groups, True)
+    conv = stride, padding, dilation, groups
+    y, mean, var = conv_fprop(x, scale, shift, weight, bias, None, *conv, True, False, relu)
     return y, mean, var, *bn_scale_shift(mean, var, bn_weight, bn_bias, eps)
 
 
@@ -204,11 +212,13 @@ def conv_dgrad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G = (dgrad(dy, W) + da) [z > 0], sum g and sum g (x - mu): like ``x``, [C], [C].
 
-    ``da`` is the gradient that a second user of the same activation sends; it is added before the mask.
-    With ``scale=None`` nothing is masked or summed: that is the form in which a second user computes ``da``.
+    ``da`` is the gradient that a second user of the same activation sends; it is added before the mask. Without
+    ``relu`` nothing is masked, with ``scale=None`` nothing is masked or summed: that is the form in which a second
+    user computes ``da``.
     """
     grad = _conv_backward(dy, x, weight, stride, padding, dilation, groups, (True, False))[0]
     grad = grad.contiguous(memory_format=memory_format_of(x))
@@ -217,7 +227,7 @@ def conv_dgrad(
         return grad, empty, empty.clone()
     if da is not None:
         grad = grad + da
-    g = grad.masked_fill_(_normalise(x, scale, shift) <= 0, 0)
+    g = grad.masked_fill_(_normalise(x, scale, shift) <= 0, 0) if relu else grad
     wide = g.to(scale.dtype)
     sum_g = wide.sum((0, 2, 3))
     sum_gx = (wide * (x.to(scale.dtype) - _column(mean))).sum((0, 2, 3))
@@ -234,9 +244,10 @@ def conv_wgrad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    relu: bool = True,
 ) -> Tensor:
     """dW of the convolution, with the shape, dtype and strides of ``weight``; the activation is recomputed."""
-    activated = _activate(x, scale, shift)
+    activated = _activate(x, scale, shift, relu)
     dweight = _conv_backward(dy, activated, weight, stride, padding, dilation, groups, (False, True))[1]
     return torch.empty_like(weight).copy_(dweight)
 
@@ -300,6 +311,7 @@ def conv_backward(
     training: bool,
     apply: bool,
     weight_grad: bool,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward of a site: g (with ``apply`` dx instead), sum g, sum g (x - mu), dW, dgamma.
 
@@ -307,10 +319,10 @@ def conv_backward(
     y, or, with ``pending``, the g of the BN behind it: y and that BN's mean, scale, rstd, sum g and
     sum g (y - mu), the two sums only if it normalised with the statistics of the batch; see
     :func:`bn_backward_apply`. ``da`` is as in :func:`conv_dgrad`. ``training`` and ``residual_grad`` serve
-    ``apply``; without ``weight_grad`` dW has no elements.
+    ``apply``; without ``weight_grad`` dW has no elements. Without ``relu`` the site has none.
     """
     scale, shift, mean, rstd = bn
-    conv = (stride, padding, dilation, groups)
+    conv = (stride, padding, dilation, groups, relu)
     if pending:
         y, y_mean, y_scale, y_rstd, *sums = pending
         sum_dy, sum_dy_y = sums or (y_mean, y_mean)  # not read without the statistics of the batch

@@ -35,7 +35,7 @@ class Conv(NamedTuple):
 
 
 class Site(NamedTuple):
-    """The constants of one BN -> ReLU -> convolution site."""
+    """The constants of one BN -> ReLU (or nothing) -> convolution site."""
 
     conv: Conv
     eps: float
@@ -43,6 +43,7 @@ class Site(NamedTuple):
     """Whether BN normalises with the statistics of the batch (training) or with given, constant ones."""
     group: Group | None = None
     """Whose batch that is: this process' alone, or that of a group of them together."""
+    relu: bool = True
 
 
 class Unit(NamedTuple):
@@ -132,24 +133,26 @@ def unit_forward(
                     its.gamma,
                     its.beta,
                     following.eps,
+                    site.relu,
                 )
                 produced, vectors = (new_mean, new_var), (made[0], made[1], made[2])
             else:
                 reduces = following.batch_stats
                 h, new_mean, new_var = k.conv_fprop(
-                    h, scale, shift, tensors.weight, tensors.bias, None, *site.conv, reduces
+                    h, scale, shift, tensors.weight, tensors.bias, None, *site.conv, reduces, False, site.relu
                 )
                 produced, vectors = (new_mean, new_var), None
             continue
         added = x if unit.identity else residual
         if projection is not None and unit.projection is not None:
             # The projection reads the activation of the first site, recomputed by the same prologue.
-            first = saved[0]
+            first, relu = saved[0], unit.sites[0].relu
             added, _, _ = k.conv_fprop(
-                x, first.scale, first.shift, *projection, None, *unit.projection, False
+                x, first.scale, first.shift, *projection, None, *unit.projection, False, False, relu
             )
+        stats = unit.output_stats
         h, new_mean, new_var = k.conv_fprop(
-            h, scale, shift, tensors.weight, tensors.bias, added, *site.conv, unit.output_stats
+            h, scale, shift, tensors.weight, tensors.bias, added, *site.conv, stats, False, site.relu
         )
         produced = (new_mean, new_var)
     assert produced is not None, "a unit has at least one site"
@@ -194,8 +197,9 @@ def unit_backward(
 
     first = saved[0]
     if projection is not None and unit.projection is not None:
+        relu = unit.sites[0].relu
         dprojection = (
-            k.conv_wgrad(dy, first.x, first.scale, first.shift, projection, *unit.projection)
+            k.conv_wgrad(dy, first.x, first.scale, first.shift, projection, *unit.projection, relu)
             if needs.projection[0]
             else None,
             dy.sum((0, 2, 3)) if needs.projection[1] else None,
@@ -214,12 +218,12 @@ def unit_backward(
             grads[index][3] = grad.sum((0, 2, 3))
         if not need_g:
             if need_weight:
-                grads[index][2] = k.conv_wgrad(grad, s.x, s.scale, s.shift, weight, *site.conv)
+                grads[index][2] = k.conv_wgrad(grad, s.x, s.scale, s.shift, weight, *site.conv, site.relu)
             break
 
         da = None
         if index == 0 and projection is not None and unit.projection is not None:
-            # Two users of one activation: their gradients meet before the ReLU's mask.
+            # Two users of one activation: their gradients meet before the mask.
             da, _, _ = k.conv_dgrad(dy, projection, s.x, None, None, None, None, *unit.projection)
         # The sums of the other ranks are needed before a synchronised BN's gradient can be applied.
         apply = index == 0 and need_input and site.group is None
@@ -235,6 +239,7 @@ def unit_backward(
             site.batch_stats,
             apply,
             need_weight,
+            site.relu,
         )
         if need_weight:
             grads[index][2] = dweight

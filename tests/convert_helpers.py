@@ -50,7 +50,8 @@ def watching(model: nn.Module) -> Iterator[Ran]:
 
     def chain(call: Any, x: Tensor, residual: Tensor | None, *given: Any) -> Tensor:
         for norm, conv in call.sites:
-            ran.sites.append((name(norm, given, 4), name(conv, given, 2)))
+            if conv.at is not None:  # a subsampling pool is no site
+                ran.sites.append((name(norm, given, 4), name(conv, given, 2)))
         if call.projection is not None:
             ran.sites.append((ran.sites[-len(call.sites)][0], name(call.projection, given, 2)))
         ran.additions += call.shortcut is not None

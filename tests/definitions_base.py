@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class Definition:
     ``residual``: a network of residual units in which most of what is saved lies in sites, so memory is compared.
     ``traceable``: ``torch.fx.symbolic_trace`` takes the whole (``eval_traceable``: in eval mode). ``breaks``: what
     keeps from being found what else would be. ``drawn``: training draws which of the hidden sites run.
+    ``large``: the same structure with more and wider units, for the comparison of memory, where of the small network
+    the input, the stem and its pooling are a large part.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Definition:
     hidden: int
     hidden_additions: int
     drawn: bool
+    large: Callable[[], nn.Module]
 
 
 DEFINITIONS: dict[str, Definition] = {}
@@ -64,6 +68,7 @@ def define(
     hidden: int = 0,
     hidden_additions: int = 0,
     drawn: bool = False,
+    large: Callable[[], nn.Module] | None = None,
 ) -> Callable[[Factory], Factory]:
     """Register a function that makes a network under its own name."""
 
@@ -71,10 +76,10 @@ def define(
         name = factory.__name__
         assert name not in DEFINITIONS, name
 
-        def build() -> nn.Module:
+        def build(make: Factory = factory) -> nn.Module:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(len(name))
-                return disturb(factory())
+                return disturb(make())
 
         DEFINITIONS[name] = Definition(
             name=name,
@@ -92,6 +97,7 @@ def define(
             hidden=hidden,
             hidden_additions=hidden_additions,
             drawn=drawn,
+            large=partial(build, large or factory),
         )
         return factory
 

@@ -63,21 +63,23 @@ class PytorchcvUnit(nn.Module):
 
 
 class PytorchcvNet(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16, units: int = 2) -> None:
         super().__init__()
         self.features = nn.Sequential()
         stem = [nn.Conv2d(3, 8, 7, 2, 3, bias=False), *norm_relu(8), nn.MaxPool2d(3, 2, 1)]
         self.features.add_module("init_block", nn.Sequential(*stem))
-        for number, (channels, width, stride) in enumerate(((8, 16, 1), (16, 32, 2)), 1):
+        wide = 2 * width
+        for number, (channels, out, stride) in enumerate(((8, width, 1), (width, wide, 2)), 1):
             stage = nn.Sequential()
-            stage.add_module("unit1", PytorchcvUnit(channels, width, stride, conv1_stride=number == 1))
-            stage.add_module("unit2", PytorchcvUnit(width, width, 1))
+            stage.add_module("unit1", PytorchcvUnit(channels, out, stride, conv1_stride=number == 1))
+            for following in range(2, units + 1):
+                stage.add_module(f"unit{following}", PytorchcvUnit(out, out, 1))
             self.features.add_module(f"stage{number}", stage)
         self.features.add_module(
-            "post_activ", nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(32), activ=nn.ReLU()))
+            "post_activ", nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(wide), activ=nn.ReLU()))
         )
         self.features.add_module("final_pool", nn.AvgPool2d(2, 1))
-        self.output = nn.Linear(32, 5)
+        self.output = nn.Linear(wide, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)
@@ -85,7 +87,8 @@ class PytorchcvNet(nn.Module):
         return self.output(x)
 
 
-@define(sites=14, additions=4, heads=1)  # 4 units of 3, 2 projections; the stem's norm stands before a pool
+# 4 units of 3, 2 projections; the stem's norm stands before a pool
+@define(sites=14, additions=4, heads=1, large=lambda: PytorchcvNet(32, 6))
 def pytorchcv_preresnet50() -> nn.Module:
     return PytorchcvNet()
 
@@ -225,7 +228,9 @@ class HystsBasic(nn.Module):
 
 
 class HystsNet(nn.Module):
-    def __init__(self, remove_first_relu: bool, add_last_bn: bool, preact: tuple[bool, ...]) -> None:
+    def __init__(
+        self, remove_first_relu: bool, add_last_bn: bool, preact: tuple[bool, ...], units: int = 2
+    ) -> None:
         super().__init__()
         self.conv = conv3x3(3, 8)
         channels = 8
@@ -233,7 +238,8 @@ class HystsNet(nn.Module):
             flags = (remove_first_relu, add_last_bn, preact[number])
             stage = nn.Sequential()
             stage.add_module("block1", HystsBasic(channels, width, stride, flags))
-            stage.add_module("block2", HystsBasic(width, width, 1, (*flags[:2], False)))
+            for following in range(2, units + 1):
+                stage.add_module(f"block{following}", HystsBasic(width, width, 1, (*flags[:2], False)))
             self.add_module(f"stage{number + 1}", stage)
             channels = width
         self.bn = nn.BatchNorm2d(32)
@@ -254,7 +260,13 @@ def hysts_preact() -> nn.Module:
 
 # The same 13, of which the first of each unit (and the projection) has no ReLU; a norm stands between the last
 # convolution and the sum, so the only host is the projection
-@define(sites=13, additions=1, heads=1, breaks=("norm before the addition",))
+@define(
+    sites=13,
+    additions=1,
+    heads=1,
+    breaks=("norm before the addition",),
+    large=lambda: HystsNet(True, True, (True, True, False), 6),
+)
 def hysts_flags() -> nn.Module:
     return HystsNet(True, True, (True, True, False))
 

@@ -61,13 +61,13 @@ class TFOfficialUnit(nn.Module):
 
 
 class TFOfficialNet(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, units: int = 2) -> None:
         super().__init__()
         self.stem = TFConv(3, 8, 7, 2)
         self.stages = nn.ModuleList()
         for channels, width, stride in ((8, 8, 1), (8, 16, 2)):
-            first = TFOfficialUnit(channels, width, stride, True)
-            self.stages.append(nn.ModuleList([first, TFOfficialUnit(width, width, 1, False)]))
+            stage = nn.ModuleList([TFOfficialUnit(channels, width, stride, True)])
+            self.stages.append(stage.extend(TFOfficialUnit(width, width, 1, False) for _ in range(1, units)))
         self.norm = nn.BatchNorm2d(16, momentum=0.003)
         self.dense = nn.Linear(16, 5)
 
@@ -83,7 +83,7 @@ class TFOfficialNet(nn.Module):
 
 
 # 4 units of 2, 2 projections; a strided one is padded by a call of its own, the 1x1 by zero elements
-@define(sites=10, additions=4, heads=1)
+@define(sites=10, additions=4, heads=1, large=lambda: TFOfficialNet(12))
 def tf_official() -> nn.Module:
     return TFOfficialNet()
 
@@ -117,14 +117,16 @@ class SlimUnit(nn.Module):
 
 
 class SlimNet(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16, units: int = 2) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 8, 7, 2, 3)
         self.pool1 = nn.MaxPool2d(3, 2, 1)
-        self.block1 = nn.Sequential(SlimUnit(8, 16, 1), SlimUnit(16, 16, 2))
-        self.block2 = nn.Sequential(SlimUnit(16, 32, 1), SlimUnit(32, 32, 1))
-        self.postnorm = nn.BatchNorm2d(32, momentum=0.003)
-        self.logits = nn.Conv2d(32, 5, 1)
+        same = [SlimUnit(width, width, 1) for _ in range(2, units)]
+        self.block1 = nn.Sequential(SlimUnit(8, width, 1), *same, SlimUnit(width, width, 2))
+        same = [SlimUnit(2 * width, 2 * width, 1) for _ in range(1, units)]
+        self.block2 = nn.Sequential(SlimUnit(width, 2 * width, 1), *same)
+        self.postnorm = nn.BatchNorm2d(2 * width, momentum=0.003)
+        self.logits = nn.Conv2d(2 * width, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block2(self.block1(self.pool1(self.conv1(x))))
@@ -132,7 +134,8 @@ class SlimNet(nn.Module):
         return self.logits(x).squeeze(3).squeeze(2)
 
 
-@define(sites=14, additions=4, heads=1, shape=(2, 3, 32, 32))  # 4 units of 3, 2 projections
+# 4 units of 3, 2 projections
+@define(sites=14, additions=4, heads=1, shape=(2, 3, 32, 32), large=lambda: SlimNet(32, 4))
 def tf_slim() -> nn.Module:
     return SlimNet()
 
@@ -169,25 +172,31 @@ class KerasUnit(nn.Module):
         return torch.add(shortcut, x)
 
 
-@define(
-    sites=14, additions=4, heads=1
-)  # 4 units of 3, 2 projections; every 3x3 is padded by a layer of its own
-def keras_resnet50v2() -> nn.Module:
+def keras_net(width: int, units: int) -> nn.Module:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     layers["conv1_pad"] = nn.ZeroPad2d(3)
     layers["conv1_conv"] = nn.Conv2d(3, 8, 7, 2)
     layers["pool1_pad"] = nn.ZeroPad2d(1)
     layers["pool1_pool"] = nn.MaxPool2d(3, 2)
-    layers["conv2_block1"] = KerasUnit(8, 16, 1, True)
-    layers["conv2_block2"] = KerasUnit(16, 16, 2, False)
-    layers["conv3_block1"] = KerasUnit(16, 32, 1, True)
-    layers["conv3_block2"] = KerasUnit(32, 32, 1, False)
-    layers["post_bn"] = nn.BatchNorm2d(32, eps=1.001e-5, momentum=0.01)
+    wide = 2 * width
+    for number in range(1, units + 1):
+        first, last = number == 1, number == units
+        unit = KerasUnit(8 if first else width, width, 2 if last else 1, first)
+        layers[f"conv2_block{number}"] = unit
+    for number in range(1, units + 1):
+        layers[f"conv3_block{number}"] = KerasUnit(width if number == 1 else wide, wide, 1, number == 1)
+    layers["post_bn"] = nn.BatchNorm2d(wide, eps=1.001e-5, momentum=0.01)
     layers["post_relu"] = nn.ReLU()
     layers["avg_pool"] = nn.AdaptiveAvgPool2d((1, 1))
     layers["flatten"] = nn.Flatten()
-    layers["predictions"] = nn.Linear(32, 5)
+    layers["predictions"] = nn.Linear(wide, 5)
     return nn.Sequential(layers)
+
+
+# 4 units of 3, 2 projections; every 3x3 is padded by a layer of its own
+@define(sites=14, additions=4, heads=1, large=lambda: keras_net(32, 4))
+def keras_resnet50v2() -> nn.Module:
+    return keras_net(16, 2)
 
 
 # --- Gluon: a norm of the image itself, double norm after the stem, 3x3 convolutions throughout (S1) ----------------
@@ -216,23 +225,34 @@ class GluonBottleneck(nn.Module):
         return x + residual
 
 
-# BN without affine -> the stem's convolution; 4 units of 3, 2 projections
-@define(sites=15, additions=4, heads=1, shape=(2, 3, 32, 32))
-def gluon_resnet50_v2() -> nn.Module:
+def gluon_net(width: int, units: int) -> nn.Module:
+    wide = 2 * width
+    stages = [
+        nn.Sequential(
+            GluonBottleneck(channels, out, stride, True),
+            *(GluonBottleneck(out, out, 1, False) for _ in range(1, units)),
+        )
+        for channels, out, stride in ((8, width, 1), (width, wide, 2))
+    ]
     return nn.Sequential(
         nn.BatchNorm2d(3, affine=False),
         nn.Conv2d(3, 8, 7, 2, 3, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(),
         nn.MaxPool2d(3, 2, 1),
-        nn.Sequential(GluonBottleneck(8, 16, 1, True), GluonBottleneck(16, 16, 1, False)),
-        nn.Sequential(GluonBottleneck(16, 32, 2, True), GluonBottleneck(32, 32, 1, False)),
-        nn.BatchNorm2d(32),
+        *stages,
+        nn.BatchNorm2d(wide),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(32, 5),
+        nn.Linear(wide, 5),
     )
+
+
+# BN without affine -> the stem's convolution; 4 units of 3, 2 projections
+@define(sites=15, additions=4, heads=1, shape=(2, 3, 32, 32), large=lambda: gluon_net(32, 4))
+def gluon_resnet50_v2() -> nn.Module:
+    return gluon_net(16, 2)
 
 
 # --- WiderResNet of inplace_abn: norm and activation in one module, a cloned shortcut, a sum in place ---------------

@@ -76,11 +76,14 @@ class TimmBasic(nn.Module):
 
 
 class TimmStage(nn.Module):
-    def __init__(self, unit: type[nn.Module], channels: int, width: int, stride: int, pooled: bool) -> None:
+    def __init__(
+        self, unit: type[nn.Module], channels: int, width: int, stride: int, pooled: bool, units: int
+    ) -> None:
         super().__init__()
         self.blocks = nn.Sequential()
         self.blocks.add_module("0", unit(channels, width, stride, True, pooled))
-        self.blocks.add_module("1", unit(width, width, 1, False, pooled))
+        for number in range(1, units):
+            self.blocks.add_module(str(number), unit(width, width, 1, False, pooled))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)
@@ -99,7 +102,14 @@ class TimmHead(nn.Module):
 
 
 class TimmNet(nn.Module):
-    def __init__(self, unit: type[nn.Module], deep_stem: bool = False, pooled: bool = False) -> None:
+    def __init__(
+        self,
+        unit: type[nn.Module],
+        deep_stem: bool = False,
+        pooled: bool = False,
+        widths: tuple[int, int] = (16, 24),
+        units: int = 2,
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential()
         if deep_stem:
@@ -111,9 +121,12 @@ class TimmNet(nn.Module):
         else:
             self.stem.add_module("conv", nn.Conv2d(3, 8, 7, 2, 3, bias=False))
         self.stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
-        self.stages = nn.Sequential(TimmStage(unit, 8, 16, 1, pooled), TimmStage(unit, 16, 24, 2, pooled))
-        self.norm = BatchNormAct2d(24)
-        self.head = TimmHead(24)
+        first, second = widths
+        self.stages = nn.Sequential(
+            TimmStage(unit, 8, first, 1, pooled, units), TimmStage(unit, first, second, 2, pooled, units)
+        )
+        self.norm = BatchNormAct2d(second)
+        self.head = TimmHead(second)
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.norm(self.stages(self.stem(x)))
@@ -122,13 +135,20 @@ class TimmNet(nn.Module):
         return self.head(self.forward_features(x))
 
 
-@define(sites=14, additions=4, heads=1)  # 4 units of 3, and the projections of both first units
+# 4 units of 3, and the projections of both first units
+@define(sites=14, additions=4, heads=1, large=lambda: TimmNet(TimmBottleneck, widths=(32, 64), units=4))
 def timm_resnetv2_50() -> nn.Module:
     return TimmNet(TimmBottleneck)
 
 
 # 2 in the stem, 4 units of 2, one projection; that of the second stage reads a pool instead
-@define(sites=11, additions=4, heads=1, breaks=("average pool before the projection",))
+@define(
+    sites=11,
+    additions=4,
+    heads=1,
+    breaks=("average pool before the projection",),
+    large=lambda: TimmNet(TimmBasic, deep_stem=True, pooled=True, widths=(32, 64), units=4),
+)
 def timm_resnetv2_18d() -> nn.Module:
     return TimmNet(TimmBasic, deep_stem=True, pooled=True)
 
@@ -179,11 +199,11 @@ class KuangliuBottleneck(nn.Module):
 
 
 class KuangliuNet(nn.Module):
-    def __init__(self, unit: type[nn.Module], width: int = 8) -> None:
+    def __init__(self, unit: type[nn.Module], width: int = 8, units: int = 2) -> None:
         super().__init__()
         self.conv1 = conv3x3(3, 8)
-        self.layer1 = nn.Sequential(*chain(unit, [(width, 1), (width, 1)], 8))
-        self.layer2 = nn.Sequential(*chain(unit, [(2 * width, 2), (2 * width, 1)], width))
+        self.layer1 = nn.Sequential(*chain(unit, [(width, 1)] * units, 8))
+        self.layer2 = nn.Sequential(*chain(unit, [(2 * width, 2), *[(2 * width, 1)] * (units - 1)], width))
         self.layer3 = nn.Sequential(*chain(unit, [(3 * width, 2)], 2 * width))
         self.linear = nn.Linear(3 * width, 5)
 
@@ -329,10 +349,15 @@ def fb_resnet_cifar() -> nn.Module:
     return net.extend([*norm_relu(32), nn.AvgPool2d(4, 1), nn.Flatten(), nn.Linear(32, 5)])
 
 
-# 4 units of 2 without the first convolution, which reads the stem's pool, and a projection
-@define(sites=8, additions=4, heads=1, shape=(2, 3, 32, 32))
-def fb_resnet_imagenet() -> nn.Module:
+def fb_imagenet(units: int) -> nn.Module:
     net = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3, bias=False), *norm_relu(8), nn.MaxPool2d(3, 2, 1))
-    net.append(nn.Sequential(fb_unit(8, 8, 1, "no_preact", "B"), fb_unit(8, 8, 1, "preact", "B")))
-    net.append(nn.Sequential(fb_unit(8, 16, 2, "both_preact", "B"), fb_unit(16, 16, 1, "preact", "B")))
+    first, second = fb_unit(8, 8, 1, "no_preact", "B"), fb_unit(8, 16, 2, "both_preact", "B")
+    net.append(nn.Sequential(first, *(fb_unit(8, 8, 1, "preact", "B") for _ in range(1, units))))
+    net.append(nn.Sequential(second, *(fb_unit(16, 16, 1, "preact", "B") for _ in range(1, units))))
     return net.extend([*norm_relu(16), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(16, 5)])
+
+
+# 4 units of 2 without the first convolution, which reads the stem's pool, and a projection
+@define(sites=8, additions=4, heads=1, shape=(2, 3, 32, 32), large=lambda: fb_imagenet(16))
+def fb_resnet_imagenet() -> nn.Module:
+    return fb_imagenet(2)

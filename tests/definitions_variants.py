@@ -95,9 +95,8 @@ class SqueezeUnit(KuangliuBasic):
         return out
 
 
-@define(
-    sites=12, additions=2, breaks=("squeeze and excitation",)
-)  # 5 units of 2, 2 projections: the only hosts
+# 5 units of 2, 2 projections: the only hosts
+@define(sites=12, additions=2, breaks=("squeeze and excitation",))
 def squeeze_excitation() -> nn.Module:
     return KuangliuNet(SqueezeUnit)
 
@@ -134,9 +133,8 @@ class BlurUnit(KuangliuBasic):
         return shortcut + out
 
 
-@define(
-    sites=8, additions=3, breaks=("blur pool",)
-)  # 5 units of 2; the 2 downsampling ones keep their first only
+# 5 units of 2; the 2 downsampling ones keep their first only
+@define(sites=8, additions=3, breaks=("blur pool",), large=lambda: KuangliuNet(BlurUnit, units=6))
 def blurred_downsampling() -> nn.Module:
     return KuangliuNet(BlurUnit)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_preact import ops, reference
+from fused_preact import functional, ops, reference
 
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float64: 2.0**-52}
 
@@ -215,6 +215,41 @@ def plain_site(
 ) -> Tensor:
     """The definition through PyTorch's own autograd: conv2d(relu(batch_norm(x)))."""
     return F.conv2d(F.relu(F.batch_norm(x, None, None, gamma, beta, True, 0.0, eps)), weight, bias, **conv)
+
+
+class MixedUnit(nn.Module):
+    """Three sites, the first and the last without a ReLU, and a projection (or the identity) as shortcut."""
+
+    RELUS = (False, True, False)
+
+    def __init__(self, channels: int, width: int, stride: int = 1, fused: bool = True) -> None:
+        super().__init__()
+        self.bns = nn.ModuleList([nn.BatchNorm2d(c) for c in (channels, 5, 7)])
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(channels, 5, 3, stride, 1, bias=False),
+                nn.Conv2d(5, 7, 1, bias=False),
+                nn.Conv2d(7, width, 3, padding=1),
+            ]
+        )
+        self.shortcut = nn.Conv2d(channels, width, 1, stride) if stride > 1 or channels != width else None
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            sites = [
+                (functional.BatchNorm.of(bn, relu), functional.Convolution.of(conv))
+                for bn, conv, relu in zip(self.bns, self.convs, self.RELUS, strict=True)
+            ]
+            shortcut = None if self.shortcut is None else functional.Convolution.of(self.shortcut)
+            return functional.residual_unit(x, sites, shortcut)[0]
+        y, added = x, x
+        for bn, conv, relu in zip(self.bns, self.convs, self.RELUS, strict=True):
+            a = F.relu(bn(y)) if relu else bn(y)
+            if self.shortcut is not None and y is x:
+                added = self.shortcut(a)
+            y = conv(a)
+        return y + added
 
 
 def set_fused(module: nn.Module, fused: bool) -> nn.Module:

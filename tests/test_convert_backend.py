@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from convert_helpers import seeded, watching
 from definitions import DEFINITIONS
+from definitions_oracle import record
 from helpers import COMPILED, assert_within_policy
 from torch import Tensor, nn
 
@@ -97,6 +99,23 @@ def test_definitions(name: str, door: str, training: bool, sites: list[int]) -> 
         x = torch.randn(definition.shape, dtype=torch.float64)
         same(step(function, model, x), step(plain, plain, x), 1e-9)
     assert sum(sites) >= definition.sites - 1  # AOTAutograd traces more than once
+
+
+@pytest.mark.parametrize("name", ["gated_unit", "skipped_units", "dual_path"])
+def test_what_tracing_cannot_enter_dynamo_can(name: str) -> None:
+    """It breaks the graph where code depends on data or draws in Python, and knows the types of values."""
+    definition = DEFINITIONS[name]
+    model = definition.build().double().train()
+    plain, x = copy.deepcopy(model), torch.randn(definition.shape, dtype=torch.float64)
+    seeded()
+    seen = record(copy.deepcopy(model), x)
+    compiled = torch.compile(model, backend=backend, options={"then": "eager"})
+    with watching(model) as ran:
+        seeded()
+        y = compiled(x)
+    seeded()
+    torch.testing.assert_close(y, plain(x))
+    assert ran.counts == (len(seen.sites), len(seen.additions), len(seen.heads))
 
 
 @pytest.mark.parametrize("door", DOORS)

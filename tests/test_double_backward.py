@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKENDS, disturb, set_fused
+from helpers import BACKENDS, MixedUnit, disturb, set_fused
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -37,6 +37,8 @@ def biased() -> nn.Module:
 UNITS: dict[str, Callable[[], nn.Module]] = {
     "site": lambda: PreActConv2d(4, 3, 3, 2, 1),
     "site-affine-false": lambda: PreActConv2d(4, 3, 1, affine=False, track_running_stats=False),
+    "site-without-relu": lambda: PreActConv2d(4, 3, 3, 2, 1, relu=False),
+    "mixed": lambda: MixedUnit(4, 6, 2),
     "site-grouped": lambda: PreActConv2d(4, 6, 3, padding=1, groups=2),
     "basic": lambda: PreActBasicBlock(4, 4),
     "basic-projection": lambda: PreActBasicBlock(4, 6, 2),

@@ -111,6 +111,9 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         ["sites[1].conv.weight", "3 channels"],
     ),
     "head-rank": (lambda: bn_relu_avg_pool2d(image(2, 3), BatchNorm()), ValueError, ["input", "(2, 3)"]),
+    "head-relu": (
+        lambda: bn_relu_avg_pool2d(image(2, 3, 2, 2), BatchNorm(relu=False)), ValueError, ["bn.relu", "False", "True"],
+    ),
     "head-bn": (lambda: bn_relu_avg_pool2d(image(2, 3, 2, 2), BatchNorm(image(4))), ValueError, ["bn.weight", "(4,)"]),
     "statistics-device": (
         lambda: conv(training=True, statistics=Statistics(*torch.ones(2, 4, device="meta"))), ValueError, ["statistics.mean", "meta", "cpu"],

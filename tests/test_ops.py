@@ -43,20 +43,28 @@ def samples(
         "conv_fprop": [
             (s.x, *vectors, s.weight, s.bias, s.residual, *s.constants, True),
             (s.x, *vectors, s.weight, None, None, *s.constants, False),
+            (s.x, *vectors, s.weight, None, None, *s.constants, False, True, False),
         ],
         "conv_fprop_bn": [
             (s.x, *vectors, s.weight, s.bias, *s.constants, gamma[:4], gamma[1:], 1e-5),
             (s.x, *vectors, s.weight, None, *s.constants, None, None, 1e-3),
+            (s.x, *vectors, s.weight, None, *s.constants, None, None, 1e-3, False),
         ],
         "conv_dgrad": [
             (s.dy, s.weight, s.x, *vectors, s.mean, s.da, *s.constants),
             (s.dy, s.weight, s.x, None, None, None, None, *s.constants),
+            (s.dy, s.weight, s.x, *vectors, s.mean, s.da, *s.constants, False),
         ],
-        "conv_wgrad": [(s.dy, s.x, *vectors, s.weight, *s.constants)],
+        "conv_wgrad": [
+            (s.dy, s.x, *vectors, s.weight, *s.constants),
+            (s.dy, s.x, *vectors, s.weight, *s.constants, False),
+        ],
         "conv_backward": [
             (s.dy, [], s.weight, s.x, bn, s.da, s.da + 1, *s.constants, True, True, True),
             (s.dy, behind, s.weight, s.x, bn, None, None, *s.constants, True, False, True),
             (s.dy, behind[:4], s.weight, s.x, bn, None, None, *s.constants, False, True, False),
+            (s.dy, [], s.weight, s.x, bn, None, None, *s.constants, True, False, False, False),
+            (s.dy, [], s.weight, s.x, bn, None, None, *s.constants, True, True, True, False),
         ],
         "bn_backward_apply": [
             (s.da, s.x, s.mean, s.scale, s.rstd, *sums, True, s.da + 1),

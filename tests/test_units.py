@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import BACKENDS, FORMATS, assert_within_policy, disturb, interpreting, set_fused
+from helpers import BACKENDS, FORMATS, MixedUnit, assert_within_policy, disturb, interpreting, set_fused
 from torch import Tensor, nn
 
 import fused_preact
@@ -74,6 +74,10 @@ UNITS = {
     "conv-depthwise": lambda: PreActConv2d(6, 6, 3, padding="valid", groups=6, bias=False),
     "conv-plain-bn": lambda: PreActConv2d(6, 9, 1, affine=False, track_running_stats=False),
     "conv-cumulative": lambda: PreActConv2d(6, 9, 1, momentum=None, eps=1e-3),
+    "conv-without-relu": lambda: PreActConv2d(6, 9, 3, 2, 1, relu=False),
+    "conv-grouped-without-relu": lambda: PreActConv2d(6, 9, 3, 1, "same", groups=3, relu=False),
+    "mixed-projection": lambda: MixedUnit(6, 9, 2),
+    "mixed-identity": lambda: MixedUnit(6, 6),
 }
 
 
@@ -89,13 +93,15 @@ def test_unit(backend: str, device: str, unit: str, memory_format: torch.memory_
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("unit", ["basic-projection", "bottleneck"])
+@pytest.mark.parametrize("unit", ["basic-projection", "bottleneck", "mixed-projection"])
 def test_unit_16_bits(backend: str, device: str, unit: str, dtype: torch.dtype) -> None:
     x = torch.randn(3, 12 if unit == "bottleneck" else 6, 7, 5).to(device)
     compare(UNITS[unit], x, backend, dtype)
 
 
-@pytest.mark.parametrize("unit", ["basic", "basic-projection", "bottleneck", "conv"])
+@pytest.mark.parametrize(
+    "unit", ["basic", "basic-projection", "bottleneck", "conv", "conv-without-relu", "mixed-projection"]
+)
 def test_unit_eval(backend: str, device: str, unit: str) -> None:
     x = torch.randn(3, 12 if unit == "bottleneck" else 6, 7, 5).to(device)
     compare(UNITS[unit], x, backend, prepare=lambda m: m.eval())

@@ -137,7 +137,7 @@ class FusedForward:
 
 
 def fuse(model: Model, example_input: Any = None) -> Model:
-    """Let every BN -> ReLU -> convolution site that is found in ``model`` run fused, in place; returns ``model``.
+    """Let every BN -> ReLU (or nothing) -> convolution site in ``model`` run fused, in place; returns ``model``.
 
     Found are the operations, whatever module, function or method they are spelled with: sites, chains of sites with
     the residual addition at their end (a whole unit is then one call), and the head BN -> ReLU -> global average

@@ -1,15 +1,15 @@
 """The matcher: sites, chains of sites with their shortcut, and heads in an FX graph.
 
-It knows operations, never class names. A *site* is BN -> ReLU -> convolution whose activation nobody else needs; a
-*chain* is one or more sites, each reading what the one before made, and perhaps an addition at its end: with the
-shortcut of He et al. 2016 it is a whole residual unit. Both read raw ``x`` where the chain ends instead of where it
-began, so nothing may write to ``x`` in between.
+It knows operations, never class names. A *site* is BN -> ReLU (or nothing) -> convolution whose activation nobody
+else needs; a *chain* is one or more sites, each reading what the one before made, and perhaps an addition at its end:
+with the shortcut of He et al. 2016 it is a whole residual unit. Both read raw ``x`` where the chain ends instead of
+where it began, so nothing may write to ``x`` in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -21,17 +21,23 @@ __all__ = ["Chain", "Found", "Head", "Left", "Site", "match"]
 
 @dataclass(eq=False)
 class Site:
-    """BN -> ReLU -> convolution."""
+    """BN -> ReLU (or nothing) -> convolution."""
 
     norm: Normalise
-    relu: Relu
+    relu: Relu | None
     conv: Convolve
     between: list[Role]
     """What passes the tensor on, or pads it, between the three."""
     x: Node
 
+    @property
+    def active(self) -> Node:
+        """The value that the convolution reads, but for padding."""
+        return self.norm.node if self.relu is None else self.relu.node
+
     def nodes(self) -> list[Node]:
-        return [self.norm.node, self.relu.node, *(role.node for role in self.between), self.conv.node]
+        made = dict.fromkeys([self.norm.node, self.active])
+        return [*made, *(role.node for role in self.between), self.conv.node]
 
 
 @dataclass(eq=False)
@@ -207,17 +213,19 @@ def match(graph: Graph, modules: Modules) -> Found:
         if isinstance(role, Convolve):
             found = _site(role, values)
             (sites if isinstance(found, Site) else left).append(found)  # type: ignore[arg-type]
+    sites += _subsampled(sites, values)
     sites = list(_undisturbed(sites, values, left))
     while spoiled := _unmade(chains := _chains(sites, values), values):
         left += [
             Left(site.conv.node, "the activation is added elsewhere too")
             for site in sites
-            if site.relu.node in spoiled
+            if site.active in spoiled
         ]
-        sites = [site for site in sites if site.relu.node not in spoiled]
+        sites = [site for site in sites if site.active not in spoiled]
+    convolved = {site.conv.node for site in sites}
     heads = []
     for role in values.roles.values():
-        if isinstance(role, Pool):
+        if isinstance(role, Pool) and role.node not in convolved:
             head = _head(role, values)
             if isinstance(head, Head):
                 heads.append(head)
@@ -248,12 +256,12 @@ def _readers(value: Node, values: Values) -> Iterator[Node]:
             yield reader
 
 
-def _activation(end: Role, values: Values) -> tuple[Normalise, Relu, list[Role], Node] | Left:
-    """The BN and the ReLU that ``end`` reads the activation of, what is between, and the BN's input."""
+def _activation(end: Role, values: Values) -> tuple[Normalise, Relu | None, list[Role], Node] | Left:
+    """The BN and the ReLU (or none) that ``end`` reads the activation of, what is between, and the BN's input."""
     a, between = _through(values.value(end.node, end.x), values, pads=True)
     relu = values.roles.get(a)
     if isinstance(relu, Normalise):
-        return Left(end.node, "no ReLU between the normalisation and it")
+        return relu, None, between, values.value(relu.node, relu.x)
     if not isinstance(relu, Relu):
         return Left(end.node, f"reads {_called(a)}, not a ReLU")
     z, more = _through(values.value(relu.node, relu.x), values)
@@ -274,16 +282,38 @@ def _called(node: Node) -> str:
     return f"{target!r}"
 
 
+LEAST_CHANNELS = 4
+"""Of a site's input. Vectors and tiles hold 16 channels and more: BN and the 7x7 stem of an image took 2.7 times as
+long fused as one after the other (Intel Xeon, AVX-512, AMX, 2 cores, torch 2.13.0)."""
+
+
 def _site(conv: Convolve, values: Values) -> Site | Left:
     found = _activation(conv, values)
     if isinstance(found, Left):
         return found
+    if conv.channels is not None and conv.channels < LEAST_CHANNELS:
+        return Left(conv.node, f"reads {conv.channels} channels, which is faster one by one")
     norm, relu, between, x = found
     pads = [role.size for role in between if isinstance(role, Pad)]
     if pads:
         pad = sum(rows for rows, _ in pads), sum(columns for _, columns in pads)
-        conv = Convolve(conv.node, conv.x, conv.module, conv.tensors, conv.constants, pad)
+        conv = replace(conv, pad=pad)
     return Site(norm, relu, conv, between, x)
+
+
+def _subsampled(sites: list[Site], values: Values) -> Iterator[Site]:
+    """1x1 pools with a stride that read an activation beside a convolution: the shortcut of the paper's option A.
+
+    As sites whose convolution has the identity for a weight, so that nobody needs the activation itself.
+    """
+    active = {site.active for site in sites}
+    for role in values.roles.values():
+        if isinstance(role, Pool) and role.window == (1, 1) and role.stride not in (None, 1, (1, 1)):
+            stride = (role.stride,) * 2 if isinstance(role.stride, int) else tuple(role.stride)
+            conv = Convolve(role.node, role.x, None, (), (stride, (0, 0), (1, 1), 1))
+            found = _site(conv, values)
+            if isinstance(found, Site) and found.active in active:
+                yield found
 
 
 def _head(pool: Pool, values: Values) -> Head | Left | None:
@@ -291,7 +321,7 @@ def _head(pool: Pool, values: Values) -> Head | Left | None:
     if isinstance(found, Left):
         return None
     norm, relu, between, x = found
-    if any(isinstance(role, Pad) for role in between):
+    if relu is None or any(isinstance(role, Pad) for role in between):
         return None
     if any(reader is not pool.node for reader in _readers(relu.node, values)):
         return Left(pool.node, "the activation is needed elsewhere too")
@@ -303,18 +333,16 @@ def _head(pool: Pool, values: Values) -> Head | Left | None:
 
 def _undisturbed(sites: list[Site], values: Values, left: list[Left]) -> Iterator[Site]:
     """The sites whose activation nobody but convolutions (and one addition) needs, and whose x stays as it is."""
-    by_relu: dict[Node, list[Site]] = {}
-    for site in sites:
-        by_relu.setdefault(site.relu.node, []).append(site)
-    for relu, group in by_relu.items():
+    for active, group in _sharing(sites).items():
         convs = {site.conv.node for site in group}
-        others = [reader for reader in _readers(relu, values) if reader not in convs]
+        others = [reader for reader in _readers(active, values) if reader not in convs]
         # A shortcut that carries the activation itself: whether a chain takes it is seen later.
         carried = [r for r in others if isinstance(values.roles[r], Add)]
         for site in group:
             own = {node for s in group for node in s.nodes()}
             if len(others) > len(carried) or len(carried) > 1:
-                reason = f"the activation is needed by {_called(next(r for r in others))} too"
+                read = "normalised tensor" if site.relu is None else "activation"
+                reason = f"the {read} is needed by {_called(others[0])} too"
                 left.append(Left(site.conv.node, reason))
             elif values.written_between(site.x, site.norm.node, site.conv.node, own):
                 left.append(Left(site.conv.node, "its input is written to in between"))
@@ -324,15 +352,21 @@ def _undisturbed(sites: list[Site], values: Values, left: list[Left]) -> Iterato
                 yield site
 
 
+def _sharing(sites: list[Site]) -> dict[Node, list[Site]]:
+    """The sites that read each activation."""
+    found: dict[Node, list[Site]] = {}
+    for site in sites:
+        found.setdefault(site.active, []).append(site)
+    return found
+
+
 def _chains(sites: list[Site], values: Values) -> list[Chain]:
     by_conv = {site.conv.node: site for site in sites}
-    by_relu: dict[Node, list[Site]] = {}
-    for site in sites:
-        by_relu.setdefault(site.relu.node, []).append(site)
+    sharing = _sharing(sites)
 
     def before(site: Site) -> Site | None:
         """The site whose output ``site`` alone reads."""
-        if len(by_relu[site.relu.node]) > 1 or len(list(_readers(site.relu.node, values))) > 1:
+        if len(sharing[site.active]) > 1 or len(list(_readers(site.active, values))) > 1:
             return None
         source, _ = _through(site.x, values)
         earlier = by_conv.get(source)
@@ -351,7 +385,7 @@ def _chains(sites: list[Site], values: Values) -> list[Chain]:
     chains: list[Chain] = []
     for role in values.roles.values():
         if isinstance(role, Add):
-            candidates = [c for c in _endings(role, by_conv, by_relu, row, values) if _free(c, taken, values)]
+            candidates = [c for c in _endings(role, by_conv, row, values) if _free(c, taken, values)]
             if candidates:
                 chain = max(candidates, key=lambda c: (c.shortcut != "residual", len(c.sites)))
                 chains.append(chain)
@@ -390,7 +424,6 @@ def _free(chain: Chain, taken: set[Node], values: Values) -> bool:
 def _endings(
     add: Add,
     by_conv: dict[Node, Site],
-    by_relu: dict[Node, list[Site]],
     row: object,
     values: Values,
 ) -> Iterator[Chain]:
@@ -404,21 +437,22 @@ def _endings(
     for tail, other in ((a, b), (b, a)):
         source, _ = _through(tail, values)
         site = by_conv.get(source)
-        if site is None or list(_readers(source, values)) != [add.node]:
+        if site is None or site.conv.subsamples or list(_readers(source, values)) != [add.node]:
             continue
         sites: list[Site] = row(site)  # type: ignore[operator]
         first = sites[0]
-        shared = [reader for reader in _readers(first.relu.node, values) if reader is not first.conv.node]
+        shared = [reader for reader in _readers(first.active, values) if reader is not first.conv.node]
         plain, _ = _through(other, values)
         x, _ = _through(first.x, values)
         projection = by_conv.get(plain)
         if plain is x and not shared:
             yield Chain(sites, add, "identity")
-        elif plain is first.relu.node and shared == [add.node]:
+        elif plain is first.active and shared == [add.node]:
             yield Chain(sites, add, "activation")
         elif (
             projection is not None
-            and projection.relu is first.relu
+            and not projection.conv.subsamples
+            and projection.active is first.active
             and projection is not first
             and list(_readers(plain, values)) == [add.node]
             and shared == [projection.conv.node]
@@ -429,21 +463,21 @@ def _endings(
 
 
 def _unmade(chains: list[Chain], values: Values) -> set[Node]:
-    """The ReLUs at the beginning of chains whose activation an addition needs that none of them makes.
+    """The activations at the beginning of chains that an addition needs which none of them makes.
 
     Chains with the same first activation come to know their siblings.
     """
-    by_relu: dict[Node, list[Chain]] = {}
+    sharing: dict[Node, list[Chain]] = {}
     for chain in chains:
-        by_relu.setdefault(chain.sites[0].relu.node, []).append(chain)
+        sharing.setdefault(chain.sites[0].active, []).append(chain)
     found = set()
-    for relu, group in by_relu.items():
+    for active, group in sharing.items():
         own = {
             site.conv.node for c in group for site in (c.sites[0], *([c.projection] if c.projection else []))
         }
         own |= {c.add.node for c in group if c.add is not None and c.shortcut == "activation"}
-        if any(reader not in own for reader in _readers(relu, values)):
-            found.add(relu)
+        if any(reader not in own for reader in _readers(active, values)):
+            found.add(active)
         for chain in group:
             chain.siblings = [other.sites[0] for other in group if other is not chain]
     return found

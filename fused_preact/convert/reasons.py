@@ -159,7 +159,8 @@ class Reader:
             site, chain = self.sites[node]
             whole = chain.shortcut in ("identity", "activation", "projection")
             path = "unit" if whole else "chain" if len(chain.sites) > 1 else "site"
-            self._found("site", f"{self.name(site.norm.node)} -> {self.name(node)}", path, chain)
+            kind = "pool" if site.conv.subsamples else "site"
+            self._found(kind, f"{self.name(site.norm.node)} -> {self.name(node)}", path, chain)
         elif node in self.heads:
             head = self.heads[node]
             if not self._is_own_head(node):
@@ -304,8 +305,8 @@ class Reader:
                 value,
                 None,
                 between,
-                reason or self._norm_reason(value) or _NO_RELU,
-                self._is_plain_norm(value),
+                reason or self._norm_reason(value),
+                self._is_plain_norm(value) and not between,
             )
         if not self._is_activation(value):
             hidden = (
@@ -342,12 +343,14 @@ class Reader:
             for reader in self._readers(behind.norm):
                 if reader is not behind.act:
                     return f"the normalised tensor is needed by {self.called(reader)} too"
-        if behind.act is None:
+        active = behind.norm if behind.act is None else behind.act
+        if active is None:
             return ""
-        others = [r for r in self._readers(behind.act) if r is not node and r not in self.sites]
+        noun = "normalised tensor" if behind.act is None else "activation"
+        others = [r for r in self._readers(active) if r is not node and r not in self.sites]
         strange = [r for r in others if not self._is_convolution(r) or self._convolution_reason(r)]
         for reader in [r for r in strange if not isinstance(self.values.roles[r], Add)] or strange:
-            return f"the activation is needed by {self.called(reader)} too"
+            return f"the {noun} is needed by {self.called(reader)} too"
         return ""
 
     # --- what a node is ---------------------------------------------------------------------------------------
@@ -504,7 +507,6 @@ class _Behind:
     """Whether it is BN -> ReLU or nothing, hooks and arguments apart."""
 
 
-_NO_RELU = "no ReLU between the norm and it"
 _UNKNOWN = "an activation in its chain is a shortcut too, and no fused call makes the addition"
 
 

@@ -23,11 +23,12 @@ class Row:
     """One site, head or left addition.
 
     ``kind``: "site" (BN, ReLU or nothing, 2-d convolution), "convolution" (behind another norm or activation),
-    "addition", "head", or "norm" in code that cannot be traced. ``site``: the paths of what it is made of, or the
-    names of the parameters that functions are called with, ``?`` where there is none. ``where``: the path of the
-    module whose forward holds it, empty for the model's own. ``path``: "unit", "chain", "site" or "head", the same
-    with "own" in front for modules of this package, or "as written"; ``call`` is one number for all rows of one fused
-    call. ``fused``: whether that is so now, not only once ``fuse`` has run. ``reason``: why not.
+    "addition", "head", "pool" (a 1x1 one that subsamples beside a site), or "norm" in code that cannot be traced.
+    ``site``: the paths of what it is made of, or the names of the parameters that functions are called with, ``?``
+    where there is none. ``where``: the path of the module whose forward holds it, empty for the model's own.
+    ``path``: "unit", "chain", "site" or "head", the same with "own" in front for modules of this package, or "as
+    written"; ``call`` is one number for all rows of one fused call. ``fused``: whether that is so now, not only once
+    ``fuse`` has run. ``reason``: why not.
     """
 
     kind: str

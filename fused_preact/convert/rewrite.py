@@ -22,7 +22,7 @@ def rewrite(graph: Graph, found: Found) -> None:
         given: list[Given] = []
         if isinstance(match, Head):
             pool = match.pool
-            norm = _norm(match.norm, given)
+            norm = _norm(match.norm, True, given)
             head = HeadCall(norm, pool.keepdim, pool.window, pool.stride)
             before: list[Given] = [match.x]
             function = function_of(head)
@@ -30,7 +30,10 @@ def rewrite(graph: Graph, found: Found) -> None:
             norm_node = match.sites[0].norm.node
             readers[norm_node] = number = readers.get(norm_node, 0) + 1
             last = number == len(match.siblings) + 1
-            sites = tuple((_norm(site.norm, given), _conv(site.conv, given)) for site in match.sites)
+            sites = tuple(
+                (_norm(site.norm, site.relu is not None, given), _conv(site.conv, given))
+                for site in match.sites
+            )
             projection = None if match.projection is None else _conv(match.projection.conv, given)
             call = ChainCall(
                 sites,
@@ -71,16 +74,18 @@ def _hands_on(chain: Chain, found: Found) -> bool:
     )
 
 
-def _norm(norm: Normalise, given: list[Given]) -> NormSource:
+def _norm(norm: Normalise, relu: bool, given: list[Given]) -> NormSource:
     at = len(given)
     if norm.module is not None:
         given.append(str(norm.node.target))
-        return NormSource(at, None)
+        return NormSource(at, None, relu)
     given += norm.tensors
-    return NormSource(at, norm.constants)
+    return NormSource(at, norm.constants, relu)
 
 
 def _conv(conv: Convolve, given: list[Given]) -> ConvSource:
+    if conv.subsamples:
+        return ConvSource(None, conv.constants, conv.pad)
     at = len(given)
     if conv.module is not None:
         given.append(str(conv.node.target))

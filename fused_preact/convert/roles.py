@@ -54,13 +54,20 @@ class Normalise(Role):
 @dataclass(frozen=True, eq=False)
 class Convolve(Role):
     """A two-dimensional convolution: by ``module``, or by the function with ``tensors`` (weight, bias) and
-    ``constants`` (stride, padding, dilation, groups). ``pad`` rows and columns of zeros are added first.
+    ``constants`` (stride, padding, dilation, groups). ``pad`` rows and columns of zeros are added first. ``channels``
+    are its input's, where they are known. Without a module and tensors the weight is the 1x1 identity.
     """
 
     module: nn.Module | None
     tensors: tuple[Node | None, ...] = ()
     constants: tuple[Any, ...] = ()
     pad: tuple[int, int] = (0, 0)
+    channels: int | None = None
+
+    @property
+    def subsamples(self) -> bool:
+        """Whether it does nothing but to leave out pixels."""
+        return self.module is None and not self.tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +156,10 @@ _NATIVE_NORM_ARGUMENTS = (
     "momentum",
     "eps",
 )
+_POOL_ARGUMENTS = (
+    *("input", "kernel_size", "stride", "padding"),
+    *("ceil_mode", "count_include_pad", "divisor_override"),
+)
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -164,7 +175,7 @@ def role_of(node: Node, modules: Modules) -> Role | None:
     if target in _BATCH_NORM:
         return _norm(node)
     if target in _CONVOLUTION:
-        return _conv(node)
+        return _conv(node, modules)
     if target in _RELU:
         return Relu(node, x)
     if target in _ADD:
@@ -184,12 +195,10 @@ def role_of(node: Node, modules: Modules) -> Role | None:
         found = _bound(node, ("input", "output_size"), {})
         return Pool(node, x, True) if found is not None and _is_one(found["output_size"]) else None
     if target is F.avg_pool2d:
-        found = _bound(node, ("input", "kernel_size", "stride", "padding"), {"stride": None, "padding": 0})
-        return (
-            None
-            if found is None
-            else _window(node, x, found["kernel_size"], found["stride"], found["padding"])
-        )
+        found = _bound(node, _POOL_ARGUMENTS, {"stride": None, "padding": 0})
+        if found is None or found.get("ceil_mode", False) or found.get("divisor_override") is not None:
+            return None
+        return _window(node, x, found["kernel_size"], found["stride"], found["padding"])
     if target == "contiguous":
         return Same(node, x)
     return None
@@ -218,7 +227,7 @@ def _of_module(node: Node, module: nn.Module) -> Role | None:
     if is_batch_norm(module):
         return Normalise(node, x, module)
     if is_convolution(module):
-        return Convolve(node, x, module)
+        return Convolve(node, x, module, channels=module.in_channels)  # type: ignore[arg-type]
     for cls, forward in _FORWARDS.items():
         if isinstance(module, cls) and runs(module, forward):
             return _of_simple_module(node, x, module)
@@ -276,7 +285,7 @@ def _norm(node: Node) -> Role | None:
     return Normalise(node, found["input"], None, tensors, (training, float(momentum), float(eps)))
 
 
-def _conv(node: Node) -> Role | None:
+def _conv(node: Node, modules: Modules) -> Role | None:
     defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     found = _bound(node, _CONV_ARGUMENTS, defaults)
     if found is None or not isinstance(found["weight"], Node) or not isinstance(found["groups"], int):
@@ -285,7 +294,25 @@ def _conv(node: Node) -> Role | None:
     sizes = [_pair(v) for v in (found["stride"], padding, found["dilation"])]
     if any(size is None for size in sizes) or not isinstance(found["bias"], Node | None):
         return None
-    return Convolve(node, found["input"], None, (found["weight"], found["bias"]), (*sizes, found["groups"]))
+    weight, groups = found["weight"], found["groups"]
+    constants = (*sizes, groups)
+    return Convolve(
+        node,
+        found["input"],
+        None,
+        (weight, found["bias"]),
+        constants,
+        channels=_channels(weight, groups, modules),
+    )
+
+
+def _channels(weight: Node, groups: int, modules: Modules) -> int | None:
+    """The input channels of a convolution with this weight: an attribute of the model, or what Dynamo knows of it."""
+    value = weight.meta.get("example_value")
+    if weight.op == "get_attr":
+        owner, _, name = str(weight.target).rpartition(".")
+        value = getattr(modules(owner), name, None)
+    return value.shape[1] * groups if isinstance(value, torch.Tensor) and value.dim() == 4 else None
 
 
 def _addition(node: Node) -> Role | None:

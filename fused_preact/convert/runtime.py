@@ -29,25 +29,34 @@ class NormSource(NamedTuple):
     at: int
     constants: tuple[bool, float, float] | None
     """Training, momentum and eps of the function; None for a module."""
+    relu: bool
+    """Whether a ReLU follows."""
 
     def of(self, given: tuple[Given, ...]) -> BatchNorm:
         if self.constants is None:
-            return BatchNorm.of(given[self.at])  # type: ignore[arg-type]
+            return BatchNorm.of(given[self.at], self.relu)  # type: ignore[arg-type]
         mean, var, weight, bias = given[self.at : self.at + 4]
         training, momentum, eps = self.constants
-        return BatchNorm(weight, bias, mean, var, None, training, momentum, eps)  # type: ignore[arg-type]
+        return BatchNorm(weight, bias, mean, var, None, training, momentum, eps, None, self.relu)  # type: ignore[arg-type]
 
 
 class ConvSource(NamedTuple):
     """Where a convolution's arguments are: its module, or its weight and bias; ``pad`` zeros come on top."""
 
-    at: int
+    at: int | None
+    """None: it has the identity for a weight."""
     constants: tuple[Any, ...] | None
     """Stride, padding, dilation and groups of the function; None for a module."""
     pad: tuple[int, int]
 
-    def of(self, given: tuple[Given, ...]) -> Convolution:
-        if self.constants is None:
+    def of(self, given: tuple[Given, ...], x: Tensor | None = None) -> Convolution:
+        """``x``: what is convolved, read for its number of channels and its dtype where there is no weight."""
+        conv: Convolution
+        if self.at is None:
+            assert x is not None
+            assert self.constants is not None
+            conv = Convolution(_identity(x.shape[1], x), None, *self.constants)
+        elif self.constants is None:
             conv = Convolution.of(given[self.at])  # type: ignore[arg-type]
         else:
             conv = Convolution(given[self.at], given[self.at + 1], *self.constants)  # type: ignore[arg-type]
@@ -79,9 +88,9 @@ class ChainCall(NamedTuple):
     hands_on: bool
     """Whether a BN may read the output."""
 
-    def unit(self, given: tuple[Given, ...]) -> UnitCall:
-        """What the chain computes with."""
-        sites = [(norm.of(given), conv.of(given)) for norm, conv in self.sites]
+    def unit(self, given: tuple[Given, ...], x: Tensor | None = None) -> UnitCall:
+        """What the chain computes with, of ``x``."""
+        sites = [(norm.of(given), conv.of(given, x)) for norm, conv in self.sites]
         projection = None if self.projection is None else self.projection.of(given)
         if self.shortcut == "activation":
             projection = Convolution(
@@ -90,7 +99,7 @@ class ChainCall(NamedTuple):
         return UnitCall(sites, projection, self.shortcut == "activation")
 
     def __call__(self, x: Tensor, residual: Tensor | None, *given: Given) -> Tensor:
-        sites, projection, _ = self.unit(given)
+        sites, projection, _ = self.unit(given, x)
         first = sites[0][0]
         statistics = _statistics(x) if first.batch_stats else None
         if self.shared and first.batch_stats:
@@ -100,6 +109,10 @@ class ChainCall(NamedTuple):
             if not self.first:
                 first = first._replace(running_mean=None, running_var=None, num_batches_tracked=None)
                 sites[0] = first, sites[0][1]
+        subsampling = self.sites[0][1]
+        if subsampling.at is None and functional._autocasting(x) and x.dtype == torch.float32:
+            rows, columns = subsampling.constants[0]  # type: ignore[index]
+            return composite.activated(x, sites[0][0])[:, :, ::rows, ::columns]  # no convolution, so not cast
         identity = self.shortcut == "identity"
         added = x if identity else residual
         if added is not None and functional._autocasting(x) and added.dtype == torch.float32:
@@ -176,9 +189,9 @@ def _computed(x: Tensor) -> Statistics | None:
     return found
 
 
-def _identity(channels: int, weight: Tensor) -> Tensor:
-    """The 1x1 convolution that passes a tensor on, as weight."""
-    return torch.eye(channels, dtype=weight.dtype, device=weight.device)[:, :, None, None]
+def _identity(channels: int, like: Tensor) -> Tensor:
+    """The 1x1 convolution that passes a tensor on, as a weight for inputs ``like`` this one."""
+    return torch.eye(channels, dtype=like.dtype, device=like.device)[:, :, None, None]
 
 
 Fused = Callable[..., Tensor]

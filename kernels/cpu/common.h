@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -64,6 +65,16 @@ void ask_for_huge_pages(void* memory, size_t bytes);
 
 // Uninitialised and channels_last, on huge pages where it is large.
 Tensor empty_nhwc(at::IntArrayRef shape, const Tensor& like);
+
+// The floor of an Affine (loops.h) with a ReLU, and without.
+inline float floor_of(bool relu) {
+  return relu ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+}
+
+// Of the channels from c on.
+inline Affine from_channel(const Affine& bn, int64_t c) {
+  return bn.scale == nullptr ? bn : Affine{bn.scale + c, bn.shift + c, bn.floor};
+}
 
 // A [C] vector as contiguous floats.
 inline Tensor floats(const Tensor& vector) {

@@ -88,7 +88,7 @@ struct JointEpilogue : DgradEpilogue<T> {
       for (const Run& run : runs) {
         operands<T, P>().activate_transposed(
             this->x + run.dst_pixel * this->channels + this->first, run.dst_step * this->channels, run.count,
-            this->columns, {this->bn.scale + this->first, this->bn.shift + this->first}, transposed + run.row,
+            this->columns, from_channel(this->bn, this->first), transposed + run.row,
             sizes.stride);
       }
       if (!std::is_same_v<P, float> && dy.rows % 2 != 0) {
@@ -159,12 +159,13 @@ Tensor dgamma(const Tensor& rstd_, const Tensor& sum_gx) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_by_one(
     const Tensor& dy_, at::TensorList pending, const Tensor& weight, const Tensor& x, at::TensorList bn,
     const OptionalTensor& da, const OptionalTensor& residual_grad, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad) {
+    at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad, bool relu) {
   const Tensor dy = pending.empty() ? dy_ : Behind(pending).applied(dy_);
-  const Tensor dweight = weight_grad ? conv_wgrad(dy, x, bn[0], bn[1], weight, stride, padding, dilation, groups)
-                               : at::empty({0}, weight.options());
+  const Tensor dweight = weight_grad
+      ? conv_wgrad(dy, x, bn[0], bn[1], weight, stride, padding, dilation, groups, relu)
+      : at::empty({0}, weight.options());
   auto [g, sum_g, sum_gx] =
-      conv_dgrad(dy, weight, x, bn[0], bn[1], bn[2], da, stride, padding, dilation, groups);
+      conv_dgrad(dy, weight, x, bn[0], bn[1], bn[2], da, stride, padding, dilation, groups, relu);
   if (apply) {
     g = bn_backward_apply(g, x, bn[2], bn[0], bn[3], sum_g, sum_gx, training, residual_grad);
   }
@@ -176,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_by_one(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     const Tensor& dy_, at::TensorList pending, const Tensor& weight, const Tensor& x_, at::TensorList bn,
     const OptionalTensor& da_, const OptionalTensor& residual_grad, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad) {
+    at::IntArrayRef dilation, int64_t groups, bool training, bool apply, bool weight_grad, bool relu) {
   const auto dtype = x_.scalar_type();
   const auto of_dtype = [&](const OptionalTensor& t) { return !t.has_value() || t->scalar_type() == dtype; };
   const bool same_dtype = of_dtype(weight) && of_dtype(dy_) && of_dtype(da_) && of_dtype(residual_grad) &&
@@ -184,12 +185,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
   if (!served(x_) || !served(dy_) || !same_dtype) {
     return call_reference<decltype(conv_backward)>(
         "fused_preact::conv_backward", dy_, pending, weight, x_, bn, da_, residual_grad, stride, padding, dilation,
-        groups, training, apply, weight_grad);
+        groups, training, apply, weight_grad, relu);
   }
   if (takes_split_path(x_, weight, stride, groups) || !takes_one_pass(weight, weight_grad)) {
     return one_by_one(
         dy_, pending, weight, x_, bn, da_, residual_grad, stride, padding, dilation, groups, training, apply,
-        weight_grad);
+        weight_grad, relu);
   }
   const Tensor dy = nhwc(dy_), x = nhwc(x_);
   const OptionalTensor da = nhwc(da_);
@@ -225,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
         using product_t = decltype(product);
         const JointEpilogue<scalar_t, product_t> epilogue{
             {x.const_data_ptr<scalar_t>(), data<scalar_t>(da), g.mutable_data_ptr<scalar_t>(), shape.c,
-             Affine{pointer(scale), pointer(shift)}, pointer(mean), &sum_g, &sum_gx},
+             Affine{pointer(scale), pointer(shift), floor_of(relu)}, pointer(mean), &sum_g, &sum_gx},
             &sum, scratch};
         run_tiles<scalar_t, product_t>(
             grid, source, packed, tiling, tasks, scratch.template floats<product_t>(), epilogue);

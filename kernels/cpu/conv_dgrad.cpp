@@ -1,4 +1,4 @@
-// conv_dgrad: g = (dgrad(dy, W) + da) [z > 0], sum g and sum g (x - mean).
+// conv_dgrad: g = (dgrad(dy, W) + da) [z > 0] (without a ReLU all of it), sum g and sum g (x - mean).
 #include "dgrad_epilogue.h"
 #include "ops.h"
 #include "split.h"
@@ -8,17 +8,18 @@ namespace fused_preact {
 std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
     const Tensor& dy_, const Tensor& weight, const Tensor& x_, const OptionalTensor& scale_,
     const OptionalTensor& shift_, const OptionalTensor& mean_, const OptionalTensor& da_, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool relu) {
   const auto dtype = x_.scalar_type();
   const bool same_dtype = weight.scalar_type() == dtype && dy_.scalar_type() == dtype &&
       (!da_.has_value() || da_->scalar_type() == dtype);
   if (!served(x_) || !served(dy_) || !same_dtype) {
     return call_reference<decltype(conv_dgrad)>(
-        "fused_preact::conv_dgrad", dy_, weight, x_, scale_, shift_, mean_, da_, stride, padding, dilation, groups);
+        "fused_preact::conv_dgrad", dy_, weight, x_, scale_, shift_, mean_, da_, stride, padding, dilation, groups,
+        relu);
   }
   const bool masked = scale_.has_value() && shift_.has_value() && mean_.has_value();
   if (takes_split_path(x_, weight, stride, groups)) {
-    return split_dgrad(dy_, weight, x_, scale_, shift_, mean_, da_, stride, padding, dilation, groups);
+    return split_dgrad(dy_, weight, x_, scale_, shift_, mean_, da_, stride, padding, dilation, groups, relu);
   }
   const Tensor dy = nhwc(dy_), x = nhwc(x_);
   const OptionalTensor da = masked ? nhwc(da_) : std::nullopt;
@@ -40,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
       const Source<scalar_t> source{dy.const_data_ptr<scalar_t>(), shape.k};
       const DgradEpilogue<scalar_t> epilogue{
           x.const_data_ptr<scalar_t>(), data<scalar_t>(da), g.mutable_data_ptr<scalar_t>(), shape.c,
-          masked ? Affine{pointer(scale), pointer(shift)} : Affine{nullptr, nullptr},
+          masked ? Affine{pointer(scale), pointer(shift), floor_of(relu)} : Affine{nullptr, nullptr},
           masked ? pointer(mean) : nullptr, masked ? &*sum_g : nullptr, masked ? &*sum_gx : nullptr};
       with_product_type<scalar_t>(products, [&](auto product) {
         run_tiles<scalar_t, decltype(product)>(

@@ -1,5 +1,5 @@
-// conv_fprop: y = conv(max(s x + t, 0), W) + bias + residual, and the moments of the stored y. Without s and t the
-// convolution reads x as it is; with relu the sum with the bias is max(., 0), before the residual is added.
+// conv_fprop: y = conv(a, W) + bias + residual, and the moments of the stored y. a is max(s x + t, 0) with relu, else
+// s x + t, and x without s and t; with output_relu the sum with the bias is max(., 0), before the residual is added.
 #include <ATen/ops/ones.h>
 
 #include "ops.h"
@@ -14,7 +14,7 @@ template <typename T>
 struct FpropEpilogue {
   static constexpr bool kSecondProduct = false;
   const float* bias;
-  const float* ones; // with a ReLU: the loop of the prologue is this epilogue's too
+  const float* ones; // with a ReLU of the output: the loop of the prologue is this epilogue's too
   const T* residual;
   T* y;
   int64_t channels;
@@ -64,16 +64,17 @@ struct FpropEpilogue {
 std::tuple<Tensor, Tensor, Tensor> conv_fprop(
     const Tensor& x_, const OptionalTensor& scale_, const OptionalTensor& shift_, const Tensor& weight,
     const OptionalTensor& bias_, const OptionalTensor& residual_, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool stats, bool relu) {
+    at::IntArrayRef dilation, int64_t groups, bool stats, bool output_relu, bool relu) {
   const bool same_dtype = weight.scalar_type() == x_.scalar_type() &&
       (!residual_.has_value() || residual_->scalar_type() == x_.scalar_type());
   if (!served(x_) || !same_dtype) {
     return call_reference<decltype(conv_fprop)>(
         "fused_preact::conv_fprop", x_, scale_, shift_, weight, bias_, residual_, stride, padding, dilation, groups,
-        stats, relu);
+        stats, output_relu, relu);
   }
   if (takes_split_path(x_, weight, stride, groups)) {
-    return split_fprop(x_, scale_, shift_, weight, bias_, residual_, stride, padding, dilation, groups, stats, relu);
+    return split_fprop(
+        x_, scale_, shift_, weight, bias_, residual_, stride, padding, dilation, groups, stats, output_relu, relu);
   }
   const bool prologue = scale_.has_value() && shift_.has_value();
   const Tensor x = nhwc(x_), scale = prologue ? floats(*scale_) : Tensor(), shift = prologue ? floats(*shift_) : Tensor();
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   const Tasks tasks(packed, tiling);
   const Tensor y = empty_nhwc({shape.n, shape.k, shape.oh, shape.ow}, x);
   Tensor ones;
-  if (relu) {
+  if (output_relu) {
     ones = at::ones({shape.k}, at::kFloat);
     bias = bias.defined() ? bias : at::zeros({shape.k}, at::kFloat);
   }
@@ -98,10 +99,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   FUSED_PREACT_DISPATCH(x.scalar_type(), "conv_fprop", [&] {
     const Source<scalar_t> source{
         x.const_data_ptr<scalar_t>(), shape.c,
-        prologue ? Affine{pointer(scale), pointer(shift)} : Affine{nullptr, nullptr}};
+        prologue ? Affine{pointer(scale), pointer(shift), floor_of(relu)} : Affine{nullptr, nullptr}};
     const FpropEpilogue<scalar_t> epilogue{
-        bias.defined() ? pointer(bias) : nullptr, relu ? pointer(ones) : nullptr, data<scalar_t>(residual), y.mutable_data_ptr<scalar_t>(),
-        shape.k, stats ? &*statistics : nullptr};
+        bias.defined() ? pointer(bias) : nullptr, output_relu ? pointer(ones) : nullptr, data<scalar_t>(residual),
+        y.mutable_data_ptr<scalar_t>(), shape.k, stats ? &*statistics : nullptr};
     with_product_type<scalar_t>(products, [&](auto product) {
       run_tiles<scalar_t, decltype(product)>(
           grid, source, packed, tiling, tasks, 3 * round_up(shape.k, kLanes), epilogue);
@@ -119,9 +120,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_fprop_bn(
     const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, const OptionalTensor& bias,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps) {
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps, bool relu) {
   const auto [y, mean, var] = conv_fprop(
-      x, scale, shift, weight, bias, std::nullopt, stride, padding, dilation, groups, true, false);
+      x, scale, shift, weight, bias, std::nullopt, stride, padding, dilation, groups, true, false, relu);
   const auto [new_scale, new_shift, rstd] = bn_scale_shift(mean, var, bn_weight, bn_bias, eps);
   return {y, mean, var, new_scale, new_shift, rstd};
 }

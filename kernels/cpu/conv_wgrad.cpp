@@ -1,4 +1,4 @@
-// conv_wgrad: dW = wgrad(max(s x + t, 0), dy), the activation recomputed tile by tile.
+// conv_wgrad: dW = wgrad(a, dy), the activation a = max(s x + t, 0), or s x + t, recomputed tile by tile.
 //
 // A sum over pixels of outer products: dW = dy^T a, with a [pixels, taps * channels] made in scratch. One
 // operand has to be transposed there; the narrower one is. The work is cut into column blocks of the result (so
@@ -152,14 +152,14 @@ Tensor transposed(const Tensor& in, int64_t k, int64_t columns) {
 
 Tensor conv_wgrad(
     const Tensor& dy_, const Tensor& x_, const Tensor& scale_, const Tensor& shift_, const Tensor& weight,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool relu) {
   const auto dtype = x_.scalar_type();
   if (!served(x_) || !served(dy_) || dy_.scalar_type() != dtype || weight.scalar_type() != dtype) {
     return call_reference<decltype(conv_wgrad)>(
-        "fused_preact::conv_wgrad", dy_, x_, scale_, shift_, weight, stride, padding, dilation, groups);
+        "fused_preact::conv_wgrad", dy_, x_, scale_, shift_, weight, stride, padding, dilation, groups, relu);
   }
   if (takes_split_path(x_, weight, stride, groups)) {
-    return split_wgrad(dy_, x_, scale_, shift_, weight, stride, padding, dilation, groups);
+    return split_wgrad(dy_, x_, scale_, shift_, weight, stride, padding, dilation, groups, relu);
   }
   const Tensor dy = nhwc(dy_), x = nhwc(x_), scale = floats(scale_), shift = floats(shift_);
   const ConvShape shape(x.sizes(), weight.sizes(), stride, padding, dilation);
@@ -170,7 +170,8 @@ Tensor conv_wgrad(
   const Plan plan(swapped ? a_width : shape.k, swapped ? k_width : a_width, grid.pixels());
   const Accumulators acc(plan);
   FUSED_PREACT_DISPATCH(dtype, "conv_wgrad", [&] {
-    const Source<scalar_t> a{x.const_data_ptr<scalar_t>(), shape.c, {pointer(scale), pointer(shift)}};
+    const Source<scalar_t> a{
+        x.const_data_ptr<scalar_t>(), shape.c, {pointer(scale), pointer(shift), floor_of(relu)}};
     const Source<scalar_t> b{dy.const_data_ptr<scalar_t>(), shape.k};
     with_product_type<scalar_t>(product_type(dtype), [&](auto product) {
       using product_t = decltype(product);

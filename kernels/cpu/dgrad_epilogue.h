@@ -1,4 +1,4 @@
-// The epilogue of a dgrad: g = (acc + da) [z > 0], sum g and sum g (x - mean).
+// The epilogue of a dgrad: g = (acc + da) [z > floor], sum g and sum g (x - mean).
 #pragma once
 
 #include "tile_gemm.h"
@@ -30,13 +30,12 @@ struct DgradEpilogue {
 
   void panel(const TilePanel& panel, const std::vector<Run>& runs) const {
     const int64_t c = panel.column;
-    const Affine affine{bn.scale == nullptr ? nullptr : bn.scale + c, bn.scale == nullptr ? nullptr : bn.shift + c};
     for (const Run& run : runs) {
       const int64_t at = run.dst_pixel * channels + c;
       loops<T>().dgrad_epilogue(
           panel.acc == nullptr ? nullptr : panel.acc + run.row * panel.acc_stride, panel.acc_stride, run.count,
-          panel.channels, x + at, da == nullptr ? nullptr : da + at, g + at, run.dst_step * channels, affine,
-          mean == nullptr ? nullptr : mean + c, sum_g + (c - first), sum_gx + (c - first));
+          panel.channels, x + at, da == nullptr ? nullptr : da + at, g + at, run.dst_step * channels,
+          from_channel(bn, c), mean == nullptr ? nullptr : mean + c, sum_g + (c - first), sum_gx + (c - first));
     }
   }
 

@@ -62,8 +62,8 @@ struct Run {
 // The runs of pixels [begin, end) of the grid.
 void list_runs(const Grid& grid, int64_t begin, int64_t end, std::vector<Run>& runs);
 
-// An NHWC tensor and the prologue to be applied on load: of a BN and its ReLU (bn.scale null: none), or of a BN's
-// backward (pending.a null: none).
+// An NHWC tensor and the prologue to be applied on load: of a BN and perhaps its ReLU (bn.scale null: none), or of a
+// BN's backward (pending.a null: none).
 template <typename T>
 struct Source {
   const T* data;
@@ -86,8 +86,7 @@ struct Source {
       operands<T, P>().load_pending(data + at, part, stride, rows, count, out, out_stride);
       return;
     }
-    const Affine affine{bn.scale == nullptr ? nullptr : bn.scale + c, bn.shift == nullptr ? nullptr : bn.shift + c};
-    operands<T, P>().activate(data + at, stride, rows, count, affine, out, out_stride);
+    operands<T, P>().activate(data + at, stride, rows, count, from_channel(bn, c), out, out_stride);
   }
 };
 

@@ -26,10 +26,13 @@ struct Moments {
   float* m2;
 };
 
-// The prologue and what the mask of a backward pass recomputes: z = scale x + shift, per channel, rounded alike in both.
+// The prologue and what the mask of a backward pass recomputes: z = scale x + shift, per channel, rounded alike in
+// both, then max(z, floor). A floor of 0 is the ReLU. One of NaN, below which nothing lies, leaves every z as it is,
+// infinities too, and masks nothing: a site without a ReLU.
 struct Affine {
   const float* scale; // null: identity, no ReLU
   const float* shift;
+  float floor = 0.0f;
 };
 
 // The gradient of a tensor y that a BN follows, held as that BN's g: dy = a g + b (y - mean) + c. With running
@@ -43,11 +46,11 @@ struct Pending {
 // What makes operands of type P, rounded to it where it is narrower than float, of tensors of type T.
 template <typename T, typename P>
 struct Operands {
-  // out[r][c] = max(scale x + shift, 0), or x where scale is null; channels are padded with zeros.
+  // out[r][c] = max(z, floor), or x where scale is null; channels are padded with zeros.
   void (*activate)(
       const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, P* out, int64_t out_stride);
 
-  // out[c][r] = max(scale x + shift, 0). Columns are written 16 at a time: after the last row come up to 15 zeros.
+  // out[c][r] = max(z, floor). Columns are written 16 at a time: after the last row come up to 15 zeros.
   void (*activate_transposed)(
       const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, P* out, int64_t out_stride);
 
@@ -71,7 +74,7 @@ struct Loops {
       const float* acc, int64_t acc_stride, int64_t rows, int64_t channels, const float* bias,
       const T* residual, T* y, int64_t y_stride, Moments moments, int64_t seen);
 
-  // g = (acc + da) [z > 0], sum g and sum g (x - mean) of the stored g. acc null: zeros; da null: none;
+  // g = (acc + da) [z > floor], sum g and sum g (x - mean) of the stored g. acc null: zeros; da null: none;
   // bn.scale null: g = acc, no mask and no sums.
   void (*dgrad_epilogue)(
       const float* acc, int64_t acc_stride, int64_t rows, int64_t channels, const T* x, const T* da, T* g,

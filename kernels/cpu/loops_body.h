@@ -142,9 +142,17 @@ FP_INLINE void put(T* p, vf v, int64_t n) {
   }
 }
 
-// "z <= 0 gives 0", not "z > 0 gives z": a NaN passes, in the ReLU and in its mask.
+// A NaN passes, in the ReLU and in its mask ("z <= floor gives 0", not "z > floor gives g"); with a floor of NaN all do.
+FP_INLINE vf rectified(vf z, vf floor) {
+  return floor > z ? floor : z;
+}
+
 FP_INLINE vf relu(vf z) {
-  return z <= 0.0f ? vf{} : z;
+  return rectified(z, vf{});
+}
+
+FP_INLINE vf masked(vf g, vf z, vf floor) {
+  return z <= floor ? vf{} : g;
 }
 
 // v, in a register: the compiler cannot contract a product and a sum across it.
@@ -241,11 +249,12 @@ FP_INLINE void activate_block(
     scale[b] = get<TAIL>(bn.scale + c + 16 * b, n);
     shift[b] = get<TAIL>(bn.shift + c + 16 * b, n);
   }
+  const vf floor = vf{} + bn.floor;
   for (int64_t r = 0; r < rows; r++) {
     for (int b = 0; b < B; b++) {
       ahead(x + r * x_stride + c + 16 * b);
       const vf v = get<TAIL>(x + r * x_stride + c + 16 * b, n);
-      store(out + r * out_stride + c + 16 * b, relu(affine(scale[b], v, shift[b], x)));
+      store(out + r * out_stride + c + 16 * b, rectified(affine(scale[b], v, shift[b], x), floor));
     }
   }
 }
@@ -272,7 +281,7 @@ void activate_transposed(
     for (int64_t c = 0; c < channels; c += 16) {
       const int64_t n = channels - c < 16 ? channels - c : 16;
       const T* from = x + first * x_stride + c;
-      const Affine affine{bn.scale + c, bn.shift + c};
+      const Affine affine{bn.scale + c, bn.shift + c, bn.floor};
       float block[256];
       if (n == 16) {
         activate_block<1, false>(0, n, from, x_stride, count, affine, block, 16);
@@ -350,7 +359,7 @@ FP_INLINE void activate_store_block(int64_t c, int64_t n, const T* x, Affine bn,
   for (int b = 0; b < B; b++) {
     const int64_t at = c + 16 * b;
     const vf z = affine(get<TAIL>(bn.scale + at, n), get<TAIL>(x + at, n), get<TAIL>(bn.shift + at, n), x);
-    put<TAIL>(out + at, relu(z), n);
+    put<TAIL>(out + at, rectified(z, vf{} + bn.floor), n);
   }
 }
 
@@ -462,6 +471,7 @@ FP_INLINE void dgrad_block(
     return;
   }
   const int64_t jump = rows_ahead(stride, x);
+  const vf floor = vf{} + bn.floor;
   vf scale[B], shift[B], mu[B], s[B], sx[B];
   for (int b = 0; b < B; b++) {
     const int64_t at = c + 16 * b;
@@ -487,7 +497,7 @@ FP_INLINE void dgrad_block(
           v += get<TAIL>(da + r * stride + at, n);
         }
         const vf value = get<TAIL>(x + r * stride + at, n);
-        v = affine(scale[b], value, shift[b], x) <= 0.0f ? vf{} : v;
+        v = masked(v, affine(scale[b], value, shift[b], x), floor);
         put<TAIL>(g + r * stride + at, v, n);
         v = stored(v, g);
         part_s[b] += v;

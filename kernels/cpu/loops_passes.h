@@ -166,14 +166,14 @@ FP_INLINE void pool_apply_block(
     if (b_ == nullptr) {
       for (int64_t r = 0; r < rows; r++) {
         const vf value = get<TAIL>(x + r * channels + at, n);
-        put<TAIL>(dx + r * channels + at, affine(scale, value, shift, x) <= 0.0f ? vf{} : ag, n);
+        put<TAIL>(dx + r * channels + at, masked(ag, affine(scale, value, shift, x), vf{}), n);
       }
       continue;
     }
     const vf mu = get<TAIL>(mean + at, n), slope = get<TAIL>(b_ + at, n), offset = get<TAIL>(c_ + at, n);
     for (int64_t r = 0; r < rows; r++) {
       const vf value = get<TAIL>(x + r * channels + at, n);
-      const vf v = affine(scale, value, shift, x) <= 0.0f ? vf{} : ag;
+      const vf v = masked(ag, affine(scale, value, shift, x), vf{});
       put<TAIL>(dx + r * channels + at, v + (slope * (value - mu) + offset), n);
     }
   }

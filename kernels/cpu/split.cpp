@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> library_backward(
   return {dx, dweight};
 }
 
-Tensor activated(const Tensor& x, const Tensor& scale_, const Tensor& shift_) {
+Tensor activated(const Tensor& x, const Tensor& scale_, const Tensor& shift_, bool relu) {
   const Tensor scale = floats(scale_), shift = floats(shift_), out = empty_nhwc(x.sizes(), x);
   const int64_t channels = x.size(1);
   FUSED_PREACT_DISPATCH(x.scalar_type(), "activated", [&] {
@@ -87,7 +87,8 @@ Tensor activated(const Tensor& x, const Tensor& scale_, const Tensor& shift_) {
     scalar_t* to = out.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, x.numel() / channels, kRowGrain, [&](int64_t begin, int64_t end) {
       loops<scalar_t>().activate_store(
-          in + begin * channels, end - begin, channels, {pointer(scale), pointer(shift)}, to + begin * channels);
+          in + begin * channels, end - begin, channels, {pointer(scale), pointer(shift), floor_of(relu)},
+          to + begin * channels);
     });
   });
   return out;
@@ -98,13 +99,13 @@ Tensor activated(const Tensor& x, const Tensor& scale_, const Tensor& shift_) {
 std::tuple<Tensor, Tensor, Tensor> split_fprop(
     const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& weight,
     const OptionalTensor& bias, const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool stats, bool relu) {
+    at::IntArrayRef dilation, int64_t groups, bool stats, bool output_relu, bool relu) {
   const bool prologue = scale.has_value() && shift.has_value();
-  const Tensor a = prologue ? activated(nhwc(x), *scale, *shift) : nhwc(x);
+  const Tensor a = prologue ? activated(nhwc(x), *scale, *shift, relu) : nhwc(x);
   const OptionalTensor same = bias.has_value() ? OptionalTensor(bias->to(weight.scalar_type())) : std::nullopt;
   const Padded padded(a, weight, stride, padding, dilation);
   Tensor y = nhwc(at::conv2d(padded.a, weight, same, stride, padded.padding, dilation, groups));
-  if (relu) {
+  if (output_relu) {
     y.relu_();
   }
   if (residual.has_value()) {
@@ -121,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> split_fprop(
 std::tuple<Tensor, Tensor, Tensor> split_dgrad(
     const Tensor& dy, const Tensor& weight, const Tensor& x_, const OptionalTensor& scale_,
     const OptionalTensor& shift_, const OptionalTensor& mean_, const OptionalTensor& da, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool relu) {
   const Tensor x = nhwc(x_);
   Tensor grad = nhwc(std::get<0>(
       library_backward(dy, x, weight, stride, padding, dilation, groups, {true, false, false})));
@@ -146,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> split_dgrad(
         std::memset(sums, 0, 2 * size * sizeof(float));
         loops<scalar_t>().dgrad_epilogue(
             nullptr, 0, rows, channels, in + first * channels, g + first * channels, g + first * channels, channels,
-            {pointer(scale), pointer(shift)}, pointer(mean), sums, sums + size);
+            {pointer(scale), pointer(shift), floor_of(relu)}, pointer(mean), sums, sums + size);
         sum_g.add(part, sums, 0, channels);
         sum_gx.add(part, sums + size, 0, channels);
       }
@@ -157,9 +158,9 @@ std::tuple<Tensor, Tensor, Tensor> split_dgrad(
 
 Tensor split_wgrad(
     const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool relu) {
   const Tensor dweight = std::get<1>(library_backward(
-      dy, activated(nhwc(x), scale, shift), weight, stride, padding, dilation, groups, {false, true, false}));
+      dy, activated(nhwc(x), scale, shift, relu), weight, stride, padding, dilation, groups, {false, true, false}));
   return dweight.strides() == weight.strides() ? dweight : at::empty_like(weight).copy_(dweight);
 }
 

@@ -1,4 +1,4 @@
-"""The activation alone, a = max(s x + t, 0): the temporary that the split path hands to a library convolution."""
+"""The activation alone, a = max(s x + t, 0) or s x + t: what the split path hands to a library convolution."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def _bn_relu_kernel(
     a_ptr,  # [rows, C]
     rows,
     C,
+    RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -29,11 +30,11 @@ def _bn_relu_kernel(
     x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
     shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
-    tl.store(a_ptr + offset, bn_relu(x, scale, shift).to(a_ptr.dtype.element_ty), mask=mask)
+    tl.store(a_ptr + offset, bn_relu(x, scale, shift, RELU).to(a_ptr.dtype.element_ty), mask=mask)
 
 
-def activate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """max(s x + t, 0), channels_last, of ``x`` [N,C,H,W] with float32 vectors [C]."""
+def activate(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
+    """max(s x + t, 0), without ``relu`` s x + t, channels_last, of ``x`` [N,C,H,W] with float32 vectors [C]."""
     x = channels_last(x)
     n, channels, height, width = x.shape
     rows = n * height * width
@@ -50,6 +51,7 @@ def activate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         a_ptr=a,
         rows=rows,
         C=channels,
+        RELU=relu,
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_c,
     )

@@ -18,18 +18,22 @@ from torch import Tensor
 
 
 @triton.jit
-def bn_relu(x, scale, shift):
-    """max(s x + t, 0) of a float32 tile [M, C] with [C] vectors; NaN stays NaN, as in PyTorch's ReLU."""
+def bn_relu(x, scale, shift, RELU: tl.constexpr = True):
+    """max(s x + t, 0), or s x + t, of a float32 tile [M, C] with [C] vectors; NaN stays NaN, as in PyTorch's ReLU."""
     z = tl.fma(x, scale[None, :], shift[None, :])
-    # A comparison and not tl.maximum, which returns the other operand where one is NaN.
-    return tl.where(z <= 0, 0.0, z)
+    if RELU:
+        # A comparison and not tl.maximum, which returns the other operand where one is NaN.
+        z = tl.where(z <= 0, 0.0, z)
+    return z
 
 
 @triton.jit
-def relu_mask(g, x, scale, shift):
+def relu_mask(g, x, scale, shift, RELU: tl.constexpr = True):
     """g where s x + t is positive (or NaN), else 0: the backward of :func:`bn_relu`."""
-    z = tl.fma(x, scale[None, :], shift[None, :])
-    return tl.where(z <= 0, 0.0, g)
+    if RELU:
+        z = tl.fma(x, scale[None, :], shift[None, :])
+        g = tl.where(z <= 0, 0.0, g)
+    return g
 
 
 @triton.jit

@@ -35,6 +35,7 @@ def conv_backward(
     training: bool,
     apply: bool,
     weight_grad: bool,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """G (with ``apply`` dx), sum g, sum g (x - mean), dW and dgamma: like ``x``, [C], [C], like ``weight``, [C].
 
@@ -46,22 +47,22 @@ def conv_backward(
     if pending and not applies_on_load(call, weight_grad):
         dy, pending = stored(dy, pending), ()
     # What is pending from here on is on no split path: applies_on_load knows.
-    weight_partials = launch_wgrad(call, dy, x, scale, shift, weight, pending) if weight_grad else None
+    weight_partials = launch_wgrad(call, dy, x, scale, shift, weight, relu, pending) if weight_grad else None
     dweight = weight.new_empty(0) if weight_partials is None else empty_dweight(weight)
-    launched = launch_dgrad(call, dy, weight, x, (scale, shift, mean), da, pending)
+    launched = launch_dgrad(call, dy, weight, x, (scale, shift, mean), da, relu, pending)
     if launched is not None:
         grad, partials = launched
         assert partials is not None, "a masked dgrad leaves partial sums"
         sum_g, sum_gx, dgamma = sum_site(partials, rstd, weight_partials, dweight)
     else:
-        grad, sum_g, sum_gx = split.conv_dgrad(dy, weight, x, scale, shift, mean, da, call.geometry)
+        grad, sum_g, sum_gx = split.conv_dgrad(dy, weight, x, scale, shift, mean, da, call.geometry, relu)
         dgamma = rstd * sum_gx
         if weight_partials is not None:
             sum_partials(weight_partials, dweight)
     if weight_partials is not None:
         dweight = as_strided_like(dweight, weight)
     elif weight_grad:
-        dweight = split.conv_wgrad(dy, x, scale, shift, weight, call.geometry)
+        dweight = split.conv_wgrad(dy, x, scale, shift, weight, call.geometry, relu)
     if apply:
         grad = bn_backward_apply(grad, x, mean, scale, rstd, sum_g, sum_gx, training, residual_grad)
     return grad, sum_g, sum_gx, dweight, dgamma

@@ -120,7 +120,8 @@ def _conv_dgrad_kernel(
     STEP_S: tl.constexpr,
     POINTWISE: tl.constexpr,
     PENDING: tl.constexpr,
-    MASKED: tl.constexpr,
+    REDUCED: tl.constexpr,
+    RELU: tl.constexpr,
     HAS_DA: tl.constexpr,
     FLAT: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -195,12 +196,12 @@ def _conv_dgrad_kernel(
     if HAS_DA:
         # A second user of the same activation: the two gradients meet before the mask.
         acc += tl.load(da_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    if MASKED:
+    if REDUCED:
         x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
         shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
         mean = tl.load(mean_ptr + c, mask=in_c, other=0.0)
-        g = relu_mask(acc, x, scale, shift).to(g_ptr.dtype.element_ty)
+        g = relu_mask(acc, x, scale, shift, RELU).to(g_ptr.dtype.element_ty)
         tl.store(g_ptr + offset, g, mask=mask)
         stored = tl.where(mask, g.to(tl.float32), 0.0)
         centred = tl.where(mask, x - mean[None, :], 0.0)
@@ -223,18 +224,19 @@ def conv_dgrad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    relu: bool = True,
     pending: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g = (dgrad(dy, W) + da) [z > 0], sum g and sum g (x - mu): like ``x``, float32 [C], [C].
 
-    ``dy`` [N,K,OH,OW] with any strides, ``weight`` [K,C/groups,R,S], ``x`` and ``da`` [N,C,H,W]. With
-    ``scale=None`` nothing is masked or summed. Groups take the split path. With ``pending``, as
-    :func:`.conv_backward.conv_backward` takes it, the BN backward that makes dy is applied on load.
+    ``dy`` [N,K,OH,OW] with any strides, ``weight`` [K,C/groups,R,S], ``x`` and ``da`` [N,C,H,W]. Without
+    ``relu`` nothing is masked, with ``scale=None`` nothing is masked or summed. Groups take the split path. With
+    ``pending``, as :func:`.conv_backward.conv_backward` takes it, the BN backward that makes dy is applied on load.
     """
     call = call_of(x, weight, stride, padding, dilation, groups)
-    launched = launch_dgrad(call, dy, weight, x, (scale, shift, mean), da, pending)
+    launched = launch_dgrad(call, dy, weight, x, (scale, shift, mean), da, relu, pending)
     if launched is None:
-        return split.conv_dgrad(stored(dy, pending), weight, x, scale, shift, mean, da, call.geometry)
+        return split.conv_dgrad(stored(dy, pending), weight, x, scale, shift, mean, da, call.geometry, relu)
     g, partials = launched
     channels = 0 if partials is None else x.shape[1]
     sum_g, sum_gx = empty_floats(x, channels), empty_floats(x, channels)
@@ -248,32 +250,35 @@ def launch_dgrad(
     dy: Tensor,
     weight: Tensor,
     x: Tensor,
-    mask: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bn: tuple[Tensor | None, Tensor | None, Tensor | None],
     da: Tensor | None,
+    relu: bool,
     pending: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None] | None:
-    """g, and the partial sums of its tiles, [tiles, 2 C], where it is masked. None: the split path serves.
+    """g, and the partial sums of its tiles, [tiles, 2 C], where it is reduced. None: the split path serves.
 
-    ``mask``: scale, shift and mean, or None for each.
+    ``bn``: scale, shift and mean, or None for each.
     """
-    masked = mask[0] is not None
-    launcher, geometry, tiles = _plan(call, masked, da is not None, len(pending))
+    reduced = bn[0] is not None
+    launcher, geometry, tiles = _plan(call, reduced, relu, da is not None, len(pending))
     if launcher is None:
         return None
     source = x
     dy, weight, x = channels_last(dy), channels_last(weight), channels_last(x)
     g = empty_image(x, geometry.c, geometry.h, geometry.w)
-    partials = empty_floats(x, tiles, 2 * geometry.c) if masked else None
+    partials = empty_floats(x, tiles, 2 * geometry.c) if reduced else None
     da = None if da is None else channels_last(da)
-    launcher(dy, *pending_arguments(pending), weight, x, *mask, da, g, partials)
+    launcher(dy, *pending_arguments(pending), weight, x, *bn, da, g, partials)
     return as_format_of(g, source), partials
 
 
 @planned
-def _plan(call: Call, masked: bool, has_da: bool, pending: int) -> tuple[Launcher | None, Geometry, int]:
+def _plan(
+    call: Call, reduced: bool, relu: bool, has_da: bool, pending: int
+) -> tuple[Launcher | None, Geometry, int]:
     """The launch (None: the split path's), and how many tiles of rows leave partial sums; ``pending`` is a length."""
     geometry = call.geometry
-    extras = ("masked",) * masked + ("da",) * has_da + ("pending",) * bool(pending)
+    extras = ("masked",) * reduced + ("da",) * has_da + ("pending",) * bool(pending)
     config = choose("dgrad", call, *extras).config
     if config is None:
         return None, geometry, 0
@@ -295,7 +300,8 @@ def _plan(call: Call, masked: bool, has_da: bool, pending: int) -> tuple[Launche
         STEP_R=geometry.stride[0] // math.gcd(geometry.stride[0], geometry.dilation[0]),
         STEP_S=geometry.stride[1] // math.gcd(geometry.stride[1], geometry.dilation[1]),
         PENDING=pending_kind(pending),
-        MASKED=masked,
+        REDUCED=reduced,
+        RELU=relu,
         HAS_DA=has_da,
         FLAT=flat_taps(geometry, geometry.k, config),
         EVEN_K=geometry.k % config.block_k == 0,

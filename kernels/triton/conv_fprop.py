@@ -1,4 +1,4 @@
-"""fprop: the convolution of max(s x + t, 0), with the identity addition and statistics in the epilogue.
+"""fprop: the convolution of max(s x + t, 0) or s x + t, with the identity addition and statistics in the epilogue.
 
 An implicit GEMM on channels_last tensors: rows are output pixels, columns output channels, and the reduction
 runs over the taps (r, s) and, innermost, the input channels. A tile of raw ``x`` is loaded, activated in
@@ -45,13 +45,14 @@ def _step(
     in_c,
     in_k,
     PROLOGUE: tl.constexpr,
+    RELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """acc plus one tap of one block of channels ``c``, activated on its way."""
     x = tl.load(x_row + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
     w = tl.load(w_tap + c[:, None], mask=in_c[:, None] & in_k[None, :], other=0.0)
     if PROLOGUE:
-        a = bn_relu(x.to(tl.float32), scale, shift)
+        a = bn_relu(x.to(tl.float32), scale, shift, RELU)
         # A padded tap is 0, not relu(shift): the mask comes after the activation.
         x = tl.where(inside[:, None], a, 0.0).to(w.dtype)
     return dot(x, w, acc, PRECISION)
@@ -96,8 +97,9 @@ def _conv_fprop_kernel(
     DILATION_W: tl.constexpr,
     POINTWISE: tl.constexpr,
     PROLOGUE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    OUTPUT_RELU: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     STATS: tl.constexpr,
     FLAT: tl.constexpr,
@@ -131,7 +133,9 @@ def _conv_fprop_kernel(
             ih, iw = ih0 + tap // S * DILATION_H, iw0 + tap % S * DILATION_W
             inside = valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
             x_row = x_ptr + ((n * H + ih).to(tl.int64) * W + iw)[:, None] * C
-            acc = _step(acc, x_row, w_k + tap * C, c, scale, shift, inside, in_c, in_k, PROLOGUE, PRECISION)
+            acc = _step(
+                acc, x_row, w_k + tap * C, c, scale, shift, inside, in_c, in_k, PROLOGUE, RELU, PRECISION
+            )
     else:
         # Nested loops on purpose: one flattened loop over taps and channels has been miscompiled with 8 warps.
         for r in range(R):
@@ -148,11 +152,13 @@ def _conv_fprop_kernel(
                     c = c0 + tl.arange(0, BLOCK_K)
                     in_c = (c < C) | EVEN_C
                     scale, shift = _vectors(scale_ptr, shift_ptr, c, in_c, PROLOGUE)
-                    acc = _step(acc, x_row, w_tap, c, scale, shift, inside, in_c, in_k, PROLOGUE, PRECISION)
+                    acc = _step(
+                        acc, x_row, w_tap, c, scale, shift, inside, in_c, in_k, PROLOGUE, RELU, PRECISION
+                    )
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
-    if RELU:
+    if OUTPUT_RELU:
         acc = tl.where(acc <= 0, 0.0, acc)  # not tl.maximum: NaN stays NaN
     offset = m.to(tl.int64)[:, None] * K + k[None, :]
     mask = valid[:, None] & in_k[None, :]
@@ -179,19 +185,22 @@ def conv_fprop(
     dilation: Sequence[int],
     groups: int,
     stats: bool,
-    relu: bool = False,
+    output_relu: bool = False,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = conv(max(s x + t, 0), W) + bias + residual, and the mean and biased variance of the stored y.
 
     ``x`` [N,C,H,W], ``weight`` [K,C/groups,R,S], ``residual`` like y [N,K,OH,OW]. float32, bfloat16 or float16.
-    Without ``stats`` the two statistics are empty. Without ``scale`` and ``shift`` the convolution reads x as it is;
-    with ``relu`` it is max(conv(.) + bias, 0) + residual.
+    Without ``relu`` the convolution reads s x + t, without ``scale`` and ``shift`` x as it is; with ``output_relu``
+    it is max(conv(.) + bias, 0) + residual. Without ``stats`` the two statistics are empty.
     :mod:`.choose` says by which path; groups take the split one.
     """
     call = call_of(x, weight, stride, padding, dilation, groups)
-    launched = _launch(call, x, (scale, shift), weight, bias, residual, stats, relu)
+    launched = _launch(call, x, (scale, shift), weight, bias, residual, stats, output_relu, relu)
     if launched is None:
-        return split.conv_fprop(x, scale, shift, weight, bias, residual, call.geometry, stats, relu)
+        return split.conv_fprop(
+            x, scale, shift, weight, bias, residual, call.geometry, stats, output_relu, relu
+        )
     y, statistics = launched
     if statistics is None:
         return y, empty_floats(x, 0), empty_floats(x, 0)
@@ -211,15 +220,16 @@ def conv_fprop_bn(
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
     eps: float,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`conv_fprop` and :func:`.bn_stats.bn_scale_shift` of the BN that reads y.
 
     Returns y, mean, var, scale, shift, rstd; the vectors are made where the partial statistics are merged.
     """
     call = call_of(x, weight, stride, padding, dilation, groups)
-    launched = _launch(call, x, (scale, shift), weight, bias, None, True, False)
+    launched = _launch(call, x, (scale, shift), weight, bias, None, True, False, relu)
     if launched is None:
-        y, mean, var = split.conv_fprop(x, scale, shift, weight, bias, None, call.geometry, True, False)
+        y, mean, var = split.conv_fprop(x, scale, shift, weight, bias, None, call.geometry, True, False, relu)
         return y, mean, var, *bn_scale_shift(mean, var, bn_weight, bn_bias, eps)
     y, statistics = launched
     assert statistics is not None, "they were asked for"
@@ -234,10 +244,11 @@ def _launch(
     bias: Tensor | None,
     residual: Tensor | None,
     stats: bool,
+    output_relu: bool,
     relu: bool,
 ) -> tuple[Tensor, TileStatistics | None] | None:
     """y, and with ``stats`` the statistics of its tiles. None: the split path serves."""
-    flags = (prologue[0] is not None, bias is not None, relu, residual is not None, stats)
+    flags = (prologue[0] is not None, relu, bias is not None, output_relu, residual is not None, stats)
     launcher, geometry, tiles, block_m = _plan(call, *flags)
     if launcher is None:
         return None
@@ -252,7 +263,13 @@ def _launch(
 
 @planned
 def _plan(
-    call: Call, prologue: bool, has_bias: bool, relu: bool, has_residual: bool, stats: bool
+    call: Call,
+    prologue: bool,
+    relu: bool,
+    has_bias: bool,
+    output_relu: bool,
+    has_residual: bool,
+    stats: bool,
 ) -> tuple[Launcher | None, Geometry, int, int]:
     """The launch (None: the split path's), how many tiles of rows leave partial statistics, and the rows of one."""
     geometry = call.geometry
@@ -268,8 +285,9 @@ def _plan(
         rows=geometry.rows,
         **geometry.arguments(),
         PROLOGUE=prologue,
-        HAS_BIAS=has_bias,
         RELU=relu,
+        HAS_BIAS=has_bias,
+        OUTPUT_RELU=output_relu,
         HAS_RESIDUAL=has_residual,
         STATS=stats,
         FLAT=flat_taps(geometry, geometry.c, config),

@@ -53,6 +53,7 @@ def _conv_wgrad_kernel(
     DILATION_W: tl.constexpr,
     POINTWISE: tl.constexpr,
     PENDING: tl.constexpr,
+    RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,7 +93,7 @@ def _conv_wgrad_kernel(
         x = tl.load(x_ptr + row[:, None] + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
         if PENDING != "none":
             dy = apply_pending(dy, y_ptr, offset, mask, vectors, inv_m, PENDING)
-        a = bn_relu(x.to(tl.float32), scale, shift)
+        a = bn_relu(x.to(tl.float32), scale, shift, RELU)
         # Pixels of the padding and of the tail are 0, not relu(shift).
         a = tl.where(inside[:, None], a, 0.0).to(dy.dtype)
         acc = dot(tl.trans(dy), a, acc, PRECISION)
@@ -112,6 +113,7 @@ def conv_wgrad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    relu: bool = True,
     pending: Sequence[Tensor] = (),
 ) -> Tensor:
     """dW [K,C,R,S] with the dtype and strides of ``weight``; ``dy`` [N,K,OH,OW], ``x`` [N,C,H,W].
@@ -121,9 +123,9 @@ def conv_wgrad(
     load.
     """
     call = call_of(x, weight, stride, padding, dilation, groups)
-    partials = launch_wgrad(call, dy, x, scale, shift, weight, pending)
+    partials = launch_wgrad(call, dy, x, scale, shift, weight, relu, pending)
     if partials is None:
-        return split.conv_wgrad(stored(dy, pending), x, scale, shift, weight, call.geometry)
+        return split.conv_wgrad(stored(dy, pending), x, scale, shift, weight, call.geometry, relu)
     dweight = empty_dweight(weight)
     sum_partials(partials, dweight)
     return as_strided_like(dweight, weight)
@@ -136,10 +138,11 @@ def launch_wgrad(
     scale: Tensor,
     shift: Tensor,
     weight: Tensor,
+    relu: bool,
     pending: Sequence[Tensor],
 ) -> Tensor | None:
     """The partial sums of the parts that the pixels are cut into, [splits, K R S C]. None: the split path serves."""
-    launcher, splits = _plan(call, len(pending))
+    launcher, splits = _plan(call, relu, len(pending))
     if launcher is None:
         return None
     dy, x = channels_last(dy), channels_last(x)
@@ -164,7 +167,7 @@ def as_strided_like(dweight: Tensor, weight: Tensor) -> Tensor:
 
 
 @planned
-def _plan(call: Call, pending: int) -> tuple[Launcher | None, int]:
+def _plan(call: Call, relu: bool, pending: int) -> tuple[Launcher | None, int]:
     """The launch (None: the split path's), and into how many parts it cuts the pixels."""
     geometry = call.geometry
     config = choose("wgrad", call, *("pending",) * bool(pending)).config
@@ -185,6 +188,7 @@ def _plan(call: Call, pending: int) -> tuple[Launcher | None, int]:
         rows_per_split=rows_per_split,
         **geometry.arguments(),
         PENDING=pending_kind(pending),
+        RELU=relu,
         PRECISION=call.precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

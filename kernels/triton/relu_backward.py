@@ -24,6 +24,7 @@ def _relu_backward_kernel(
     rows,
     C,
     HAS_DB: tl.constexpr,
+    RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -40,7 +41,7 @@ def _relu_backward_kernel(
     scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
     shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
     mean = tl.load(mean_ptr + c, mask=in_c, other=0.0)
-    g = relu_mask(da, x, scale, shift).to(g_ptr.dtype.element_ty)
+    g = relu_mask(da, x, scale, shift, RELU).to(g_ptr.dtype.element_ty)
     tl.store(g_ptr + offset, g, mask=mask)
     # Of the stored, rounded value, and without the rows past the end.
     stored = tl.where(mask, g.to(tl.float32), 0.0)
@@ -51,9 +52,12 @@ def _relu_backward_kernel(
 
 
 def relu_backward(
-    da: Tensor, db: Tensor | None, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor
+    da: Tensor, db: Tensor | None, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """g = (da + db) [z > 0] like ``x`` (channels_last), sum g and sum g (x - mu), float32 [C] each."""
+    """g = (da + db) [z > 0] like ``x`` (channels_last), sum g and sum g (x - mu), float32 [C] each.
+
+    Without ``relu`` nothing is masked.
+    """
     da, x = channels_last(da), channels_last(x)
     n, channels, height, width = x.shape
     rows = n * height * width
@@ -77,6 +81,7 @@ def relu_backward(
         rows=rows,
         C=channels,
         HAS_DB=db is not None,
+        RELU=relu,
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_c,
     )

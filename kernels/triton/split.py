@@ -34,13 +34,14 @@ def conv_fprop(
     residual: Tensor | None,
     geometry: Geometry,
     stats: bool,
+    output_relu: bool,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`conv_fprop.conv_fprop`."""
     constants = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    a = channels_last(x) if scale is None or shift is None else activate(x, scale, shift)
+    a = channels_last(x) if scale is None or shift is None else activate(x, scale, shift, relu)
     y = F.conv2d(a, channels_last(weight), bias, *constants)
-    if relu:
+    if output_relu:
         y = y.relu_()
     if residual is not None and stats:
         y, mean, var = add_stats(y, residual)
@@ -59,20 +60,21 @@ def conv_dgrad(
     mean: Tensor | None,
     da: Tensor | None,
     geometry: Geometry,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`conv_dgrad.conv_dgrad`."""
     grad = _backward(dy, x, weight, geometry, 0)
     if scale is None or shift is None or mean is None:
         return as_format_of(channels_last(grad), x), empty_floats(x, 0), empty_floats(x, 0)
-    g, sum_g, sum_gx = relu_backward(grad, da, x, scale, shift, mean)
+    g, sum_g, sum_gx = relu_backward(grad, da, x, scale, shift, mean, relu)
     return as_format_of(g, x), sum_g, sum_gx
 
 
 def conv_wgrad(
-    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, geometry: Geometry
+    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, geometry: Geometry, relu: bool
 ) -> Tensor:
     """As :func:`conv_wgrad.conv_wgrad`."""
-    dweight = _backward(dy, activate(x, scale, shift), weight, geometry, 1)
+    dweight = _backward(dy, activate(x, scale, shift, relu), weight, geometry, 1)
     return torch.empty_like(weight).copy_(dweight)
 
 
