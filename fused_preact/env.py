@@ -45,6 +45,16 @@ def _serves(device: torch.device) -> str:
     return ", ".join(served)
 
 
+def _products() -> list[str]:
+    """What the CPU kernels' matrix products of 16-bit tensors multiply, and why."""
+    lines = []
+    for dtype in (torch.bfloat16, torch.float16):
+        native, why = torch.ops.fused_preact.cpu_products(dtype)
+        name = str(dtype).removeprefix("torch.")
+        lines.append(f"  products     of {name} in {name if native else 'float32'} ({why})")
+    return lines
+
+
 def _tables() -> list[str]:
     """Which tuned tables the Triton kernels go by on each GPU here, and how to make one."""
     if ops._unavailable("triton", None) is not None:
@@ -84,6 +94,8 @@ def report() -> str:
         if name == "cpu" and reason is None:
             state += f", instruction set {torch.ops.fused_preact.cpu_instruction_set()}, {ops._cpu_library}"
         lines.append(f"  {name:<12} {state}")
+        if name == "cpu" and reason is None:
+            lines += _products()
     lines.append(
         "  reference    available: plain PyTorch, serves float64 everywhere and whatever no kernel serves"
     )

@@ -245,8 +245,8 @@ class _Packed(NamedTuple):
 _SHORTCUTS = {"identity": 1, "padding": 2, "projection": 3}
 
 
-def _pack(units: list[FoldedUnit]) -> _Packed | None:
-    """The chain as ``kernels/cpu/chain.h`` describes it, None where it has no words for it."""
+def _pack(units: list[FoldedUnit], dtype: torch.dtype) -> _Packed | None:
+    """The chain as ``kernels/cpu/chain.h`` describes it, for images of ``dtype``; None where it has no words for it."""
     spec = [units[0].convs[0].weight.shape[1]]
     tensors: list[Tensor] = []
     for unit in units:
@@ -273,7 +273,7 @@ def _pack(units: list[FoldedUnit]) -> _Packed | None:
             tensors += [weight] if projected else []
         if tails:
             tensors.append(torch.stack(tails).sum(0))
-    return _Packed(torch.ops.fused_preact.unit_chain_pack(tensors, spec), spec)
+    return _Packed(torch.ops.fused_preact.unit_chain_pack(tensors, spec, dtype), spec)
 
 
 def fingerprint(tensors: list[Tensor]) -> Any:
@@ -300,16 +300,19 @@ def _some(t: Tensor) -> list[int]:
 
 
 def _compiled_chain(x: Tensor) -> bool:
-    """Whether the compiled operations for whole chains serve ``x``: not where AMX makes the library's faster."""
-    return ops.serving_backend(x) == "cpu" and bool(torch.ops.fused_preact.unit_chain_serves(x.dtype))
+    """Whether the compiled operations for whole chains serve ``x``."""
+    return ops.serving_backend(x) == "cpu"
 
 
 def run_chain(units: list[FoldedUnit], made: dict[Any, Any], x: Tensor) -> Tensor:
     """Run the units; ``made`` keeps what is prepared once."""
     if _compiled_chain(x):
-        if "packed" not in made:
-            made["packed"] = _pack(units)
-        packed = made["packed"]
+        # Weights are packed in the type that is multiplied: that of the images, or float32.
+        native, _ = torch.ops.fused_preact.cpu_products(x.dtype)
+        key = "packed", x.dtype if native else torch.float32
+        if key not in made:
+            made[key] = _pack(units, x.dtype)
+        packed = made[key]
         if packed is not None:
             return torch.ops.fused_preact.unit_chain(x, packed.weights, packed.spec)
     if x.dtype not in made:

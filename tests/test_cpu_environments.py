@@ -57,6 +57,73 @@ def test_operations_as_on_a_lesser_processor(isa):
     assert run.returncode == 0, run.stdout[-3000:]
 
 
+def _products(**env: str) -> tuple[bool, str]:
+    """Whether a process with ``env`` multiplies bfloat16 as it is, and why."""
+    code = "import torch, fused_preact; print(*torch.ops.fused_preact.cpu_products(torch.bfloat16), sep=';')"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
+    native, _, why = run.stdout.strip().partition(";")
+    return native == "True", why or run.stderr
+
+
+# What other processors multiply 16-bit tensors with, and so which code they run.
+PRODUCTS = {
+    "fp32": {"FUSED_PREACT_CPU_PRODUCTS": "fp32"},
+    "native": {"FUSED_PREACT_CPU_PRODUCTS": "native"},
+    "native-without-amx": {
+        "FUSED_PREACT_CPU_PRODUCTS": "native",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+    },
+}
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_operations_with_other_products(products):
+    """A slice of the kernels' tests and the folded networks, in bfloat16, multiplied as elsewhere."""
+    asked = PRODUCTS[products]
+    native, why = _products(**asked)
+    if products != "fp32" and not native:
+        pytest.skip(f"no products of bfloat16 here: {why.splitlines()[-1]}")
+    assert native == (products != "fp32")
+    if products != "native-without-amx" and native == _products()[0]:
+        pytest.skip("what this process has: every other test runs it")
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    tests = [
+        f"{here / 'test_cpu_ops.py'}",
+        "-k",
+        "bf16 and (1x1 or band or stride2 or chunks or sixteen_bits) and not forked and not interpreter",
+        f"{here / 'test_inference.py'}",
+    ]
+    run = subprocess.run([*command, *tests], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+
+
+def test_unknown_products():
+    native, error = _products(FUSED_PREACT_CPU_PRODUCTS="fp64")
+    assert not native
+    assert "ValueError: FUSED_PREACT_CPU_PRODUCTS: got 'fp64', allowed here" in error
+    assert "'fp32'" in error
+
+
+def test_products_follow_onednn():
+    """They are oneDNN's: where it is turned off, floats are multiplied, by networks that were folded before too."""
+    torch.manual_seed(3)
+    units = fused_preact.PreActSequential(fused_preact.PreActBasicBlock(16, 16)).to(torch.bfloat16).eval()
+    x = torch.randn(2, 16, 6, 6, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        plain = units(x).float()
+        fused_preact.optimize_for_inference(units)
+        on = units(x).float()
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert torch.ops.fused_preact.cpu_products(torch.bfloat16) == (False, "oneDNN is turned off")
+            off = units(x).float()
+    for y in (on, off):
+        torch.testing.assert_close(y, plain, rtol=2e-2, atol=2e-2)
+
+
 ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")  # Debian: g++-aarch64-linux-gnu
 SOURCES = sorted((Path(__file__).parents[1] / "kernels" / "cpu").glob("*.cpp"))
 

@@ -197,8 +197,6 @@ def test_chains(name: str, backend: str) -> None:
 @COMPILED
 def test_a_chain_is_one_operation() -> None:
     module, x = CHAINS["sequence"]().eval(), torch.randn(3, 8, 9, 11)
-    if not torch.ops.fused_preact.unit_chain_serves(x.dtype):
-        pytest.skip("the library's convolutions serve chains here")
     with torch.no_grad():
         run = folded(module, x)
         with FlopCounterMode(display=False) as counter:
@@ -219,8 +217,6 @@ def test_a_shortcut_of_zeros_multiplies_nothing() -> None:
 @pytest.mark.parametrize("size", [(32, 32), (37, 50)])
 def test_stem(size: tuple[int, int]) -> None:
     stem, x = models.preact_resnet18().eval().stem, torch.randn(2, 3, *size)
-    if not torch.ops.fused_preact.unit_chain_serves(x.dtype):
-        pytest.skip("the library's convolution serves stems here")
     model = PreActSequential(stem, PreActBasicBlock(64, 64)).eval()
     with torch.no_grad():
         optimize_for_inference(model)(x)

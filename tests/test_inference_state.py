@@ -433,16 +433,16 @@ def test_wrong_chains() -> None:
     k = torch.ops.fused_preact
     spec = [16, 1, 1, 0, 16, 1, 1, 1, 1, 0, 0, 1, 1]
     tensors = [torch.ones(16), torch.ones(16), torch.randn(16, 16, 1, 1)]
-    packed = k.unit_chain_pack(tensors, spec)
+    packed = k.unit_chain_pack(tensors, spec, torch.float32)
     x = torch.randn(1, 16, 3, 3)
     for call, message in (
-        (lambda: k.unit_chain_pack(tensors[:2], spec), "tensors: got 2"),
-        (lambda: k.unit_chain_pack([*tensors, tensors[0]], spec), "tensors: got 4"),
+        (lambda: k.unit_chain_pack(tensors[:2], spec, torch.float32), "tensors: got 2"),
+        (lambda: k.unit_chain_pack([*tensors, tensors[0]], spec, torch.float32), "tensors: got 4"),
         (
-            lambda: k.unit_chain_pack([tensors[0], tensors[2], tensors[2]], spec),
+            lambda: k.unit_chain_pack([tensors[0], tensors[2], tensors[2]], spec, torch.float32),
             "tensors: got a vector of 256",
         ),
-        (lambda: k.unit_chain_pack(tensors, spec[:-1]), "spec: got 12 integers"),
+        (lambda: k.unit_chain_pack(tensors, spec[:-1], torch.float32), "spec: got 12 integers"),
         (lambda: k.unit_chain(x[:, :3], packed, spec), "x: got 3 channels, allowed are 16"),
         (lambda: k.unit_chain(x.double(), packed, spec), "x: got"),
         (lambda: k.unit_chain(x, packed[:-16], spec), "packed: got"),

@@ -27,7 +27,7 @@ class Reader {
 
 } // namespace
 
-Chain::Chain(at::IntArrayRef spec) : ones(0), floats(0) {
+Chain::Chain(at::IntArrayRef spec, at::ScalarType products) : ones(0), floats(0) {
   Reader in(spec);
   channels = in.next();
   int64_t widest = 0;
@@ -41,7 +41,8 @@ Chain::Chain(at::IntArrayRef spec) : ones(0), floats(0) {
         std::min({conv.c, conv.k, conv.r, conv.s, conv.stride_h, conv.stride_w, conv.dil_h, conv.dil_w}) > 0 &&
             std::min(conv.pad_h, conv.pad_w) >= 0,
         "spec: got a convolution whose sizes, strides or dilations are not positive");
-    conv.weight = take(conv.taps() * conv.depth() * conv.width());
+    const int64_t bytes = conv.taps() * conv.depth() * conv.width() * static_cast<int64_t>(c10::elementSize(products));
+    conv.weight = take(bytes / static_cast<int64_t>(sizeof(float)));
     widest = std::max({widest, conv.depth(), conv.width()});
   };
   int64_t c = channels;
@@ -78,9 +79,10 @@ Chain::Chain(at::IntArrayRef spec) : ones(0), floats(0) {
 }
 
 // Tensors per unit: scale, shift, per convolution its weight and (but for the last) its bias, then the projection's
-// weight and the tail bias where there are any. Weights are [K,C,R,S].
-Tensor unit_chain_pack(at::TensorList tensors, at::IntArrayRef spec) {
-  const Chain chain(spec);
+// weight and the tail bias where there are any. Weights are [K,C,R,S]. `dtype` is that of the images to come.
+Tensor unit_chain_pack(at::TensorList tensors, at::IntArrayRef spec, at::ScalarType dtype) {
+  const at::ScalarType products = product_type(dtype);
+  const Chain chain(spec, products);
   const Tensor packed = at::empty({chain.floats}, at::kFloat);
   float* out = packed.mutable_data_ptr<float>();
   ask_for_huge_pages(out, packed.nbytes());
@@ -100,8 +102,8 @@ Tensor unit_chain_pack(at::TensorList tensors, at::IntArrayRef spec) {
     TORCH_CHECK(
         w.sizes() == at::IntArrayRef({conv.k, conv.c, conv.r, conv.s}), "tensors: got a weight of shape ", w.sizes(),
         ", allowed is ", at::IntArrayRef({conv.k, conv.c, conv.r, conv.s}));
-    const PackedWeights panels = pack_forward(w);
-    std::memcpy(out + conv.weight, panels.data(0), panels.buffer.nbytes());
+    const PackedWeights panels = pack_forward(w, products);
+    std::memcpy(out + conv.weight, panels.buffer.const_data_ptr(), panels.buffer.nbytes());
   };
   for (const ChainUnit& unit : chain.units) {
     vector(unit.scale, unit.convs[0].c);
@@ -125,7 +127,7 @@ Tensor unit_chain_pack(at::TensorList tensors, at::IntArrayRef spec) {
 }
 
 TORCH_LIBRARY_FRAGMENT(fused_preact, m) {
-  m.def("unit_chain_pack(Tensor[] tensors, int[] spec) -> Tensor");
+  m.def("unit_chain_pack(Tensor[] tensors, int[] spec, ScalarType dtype) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {

@@ -18,7 +18,8 @@ enum class Shortcut : int64_t { kNone, kIdentity, kPadding, kProjection };
 
 struct ChainConv {
   int64_t c, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
-  int64_t weight = -1, bias = -1; // offsets in the packed floats; the last convolution of a unit has no bias
+  // Offsets in the packed floats. The weight may be of 16-bit numbers; the last convolution of a unit has no bias.
+  int64_t weight = -1, bias = -1;
 
   int64_t depth() const {
     return round_up(c, kLanes);
@@ -52,7 +53,7 @@ struct Chain {
   int64_t ones; // offset of a vector of ones
   int64_t floats; // size of the packed weights
 
-  explicit Chain(at::IntArrayRef spec);
+  Chain(at::IntArrayRef spec, at::ScalarType products);
 };
 
 } // namespace fused_preact

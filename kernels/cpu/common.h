@@ -117,15 +117,22 @@ struct Parts {
 // every 4 KiB, which for a tile is as much as the work on it.
 float* thread_scratch(int64_t floats);
 
+// How many floats of scratch hold `count` values of type P.
+template <typename P>
+constexpr int64_t floats_of(int64_t count) {
+  return round_up(count, kLanes) * static_cast<int64_t>(sizeof(P)) / static_cast<int64_t>(sizeof(float));
+}
+
 // Hands out consecutive pieces of a scratch area, each aligned; with a null base it only measures.
 class Arena {
  public:
   explicit Arena(float* base) : base_(base) {}
 
-  float* take(int64_t floats) {
+  template <typename P = float>
+  P* take(int64_t count) {
     float* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += round_up(floats, kLanes);
-    return piece;
+    used_ += round_up(floats_of<P>(count), kLanes);
+    return reinterpret_cast<P*>(piece);
   }
 
   int64_t used() const {

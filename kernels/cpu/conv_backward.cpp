@@ -22,36 +22,89 @@ int64_t transposed_stride(const Grid& grid, const Tiling& tiling) {
   return round_up(rows, kLanes) + kLanes;
 }
 
-template <typename T>
+// The scratch of a joint epilogue beside that of its dgrad.
+struct JointScratch {
+  int64_t stride; // of the transposed activation, which has a row for each of up to `columns` channels
+  int64_t columns;
+  int64_t pairs; // 16-bit values of a tile's gathered dy as pairs of rows; 0 for products of floats
+
+  JointScratch(const Grid& grid, const Tiling& tiling, const Tasks& tasks, int64_t depth, at::ScalarType products)
+      : stride(transposed_stride(grid, tiling)), columns(round_up(tasks.block_panels * PackedWeights::kPanel, kLanes)),
+        pairs(0) {
+    if (products != at::kFloat) {
+      const int64_t rows = tiling.band ? (tiling.rows + tiling.window_h - 1) * grid.w : tiling.rows;
+      const int64_t taps = tiling.band ? tiling.window_w : std::min(tiling.chunk_taps, static_cast<int64_t>(grid.taps.size()));
+      pairs = round_up(rows, 2) * taps * depth;
+    }
+  }
+
+  template <typename P>
+  int64_t floats() const {
+    return 2 * columns + floats_of<P>(columns * stride) + 2 * round_up(floats_of<P>(pairs), kLanes);
+  }
+};
+
+template <typename T, typename P>
 struct JointEpilogue : DgradEpilogue<T> {
   static constexpr bool kSecondProduct = true;
   const WgradSum* dw;
-  int64_t stride; // of `transposed`
-  float* transposed = nullptr; // [columns, pixels]
+  JointScratch sizes;
+  P* transposed = nullptr; // [columns, pixels]
+  P* pairs[2] = {nullptr, nullptr}; // the right operand of 16-bit products, from an even row on and from an odd one
+  bool paired[2] = {false, false};
   bool fresh = true; // nothing is accumulated yet
   bool made = false; // `transposed` is this tile's
 
   void begin(float* scratch, int64_t range, int64_t first, int64_t columns) {
-    const int64_t size = round_up(columns, kLanes);
-    transposed = scratch + 2 * size;
+    Arena arena(scratch + 2 * sizes.columns);
+    transposed = arena.take<P>(sizes.columns * sizes.stride);
+    pairs[0] = arena.take<P>(sizes.pairs);
+    pairs[1] = arena.take<P>(sizes.pairs);
     made = false;
     DgradEpilogue<T>::begin(scratch, range, first, columns);
   }
 
-  void operand(const Operand& right, const std::vector<Run>& runs) {
+  // The rows of dy as the right operand of a product, and its row stride.
+  std::pair<const P*, int64_t> right(const Operand<P>& dy) {
+    if constexpr (std::is_same_v<P, float>) {
+      return {dy.data + dy.first * dy.stride, dy.stride};
+    } else {
+      // Operands of a band overlap: what was paired for one serves the others that begin an even number of rows on.
+      const int64_t odd = dy.first % 2;
+      if (dy.first == 0) {
+        paired[0] = paired[1] = false;
+      }
+      if (!paired[odd]) {
+        common_loops().interleave(
+            bits(dy.data + odd * dy.stride), dy.stride, dy.all_rows - odd, dy.columns, bits(pairs[odd]));
+        paired[odd] = true;
+      }
+      return {pairs[odd] + (dy.first - odd) * dy.columns, dy.columns};
+    }
+  }
+
+  void operand(const Operand<P>& dy, const std::vector<Run>& runs) {
     if (!made) {
       for (const Run& run : runs) {
-        loops<T>().activate_transposed(
+        operands<T, P>().activate_transposed(
             this->x + run.dst_pixel * this->channels + this->first, run.dst_step * this->channels, run.count,
-            this->columns, from_channel(this->bn, this->first), transposed + run.row, stride);
+            this->columns, from_channel(this->bn, this->first), transposed + run.row,
+            sizes.stride);
+      }
+      if (!std::is_same_v<P, float> && dy.rows % 2 != 0) {
+        for (int64_t c = 0; c < this->columns; c++) {
+          transposed[c * sizes.stride + dy.rows] = P(0); // the other half of the last pair
+        }
       }
       made = true;
     }
-    float* out = dw->row(this->range, this->first) + right.tap * dw->depth;
-    for (int64_t c = 0; c < right.columns; c += PackedWeights::kPanel) {
-      gemm(
-          this->columns, std::min(PackedWeights::kPanel, right.columns - c), right.rows, transposed, stride,
-          right.data + c, right.stride, out + c, dw->width, !fresh);
+    const auto [rows, stride] = right(dy);
+    const int64_t count = std::is_same_v<P, float> ? dy.rows : round_up(dy.rows, 2);
+    float* out = dw->row(this->range, this->first) + dy.tap * dw->depth;
+    for (int64_t c = 0; c < dy.columns; c += PackedWeights::kPanel) {
+      gemm<P>(
+          this->columns, std::min(PackedWeights::kPanel, dy.columns - c), count, transposed, sizes.stride,
+          rows + right_column<P>(c), stride, out + c, dw->width, !fresh);
     }
   }
 
@@ -153,27 +206,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     on_load.emplace(
         behind.scale, behind.rstd, behind.sum_g, behind.sum_gx, y.numel() / shape.k, behind.batch);
   }
+  const at::ScalarType products = product_type(dtype);
   PartSums sum_g(at::get_num_threads(), shape.c), sum_gx(at::get_num_threads(), shape.c);
   // Zeros where a tap reaches no pixel at all.
   const Tensor dw = at::zeros({shape.k, shape.r * shape.s, shape.c}, at::kFloat);
   for (const Grid& grid : shape.backward_grids()) {
-    const PackedWeights packed = pack_backward(weight, grid);
+    const PackedWeights packed = pack_backward(weight, grid, products);
     const Tiling tiling(grid, packed.depth);
     const Tasks tasks(packed, tiling, shape.n * shape.oh * shape.ow * packed.depth);
     const WgradSum sum(packed, tasks.ranges);
-    const int64_t size = round_up(tasks.block_panels * PackedWeights::kPanel, kLanes);
-    const int64_t transposed = transposed_stride(grid, tiling);
+    const JointScratch scratch(grid, tiling, tasks, packed.depth, products);
     FUSED_PREACT_DISPATCH(dtype, "conv_backward", [&] {
       Source<scalar_t> source{dy.const_data_ptr<scalar_t>(), shape.k};
       if (on_load.has_value()) {
         const scalar_t* behind = on_load->b() == nullptr ? nullptr : y.const_data_ptr<scalar_t>();
         source.pending = {behind, on_load->a(), on_load->b(), on_load->c(), pointer(y_mean)};
       }
-      const JointEpilogue<scalar_t> epilogue{
-          {x.const_data_ptr<scalar_t>(), data<scalar_t>(da), g.mutable_data_ptr<scalar_t>(), shape.c,
-           Affine{pointer(scale), pointer(shift), floor_of(relu)}, pointer(mean), &sum_g, &sum_gx},
-          &sum, transposed};
-      run_tiles(grid, source, packed, tiling, tasks, size * (2 + transposed), epilogue);
+      with_product_type<scalar_t>(products, [&](auto product) {
+        using product_t = decltype(product);
+        const JointEpilogue<scalar_t, product_t> epilogue{
+            {x.const_data_ptr<scalar_t>(), data<scalar_t>(da), g.mutable_data_ptr<scalar_t>(), shape.c,
+             Affine{pointer(scale), pointer(shift), floor_of(relu)}, pointer(mean), &sum_g, &sum_gx},
+            &sum, scratch};
+        run_tiles<scalar_t, product_t>(
+            grid, source, packed, tiling, tasks, scratch.template floats<product_t>(), epilogue);
+      });
     });
     sum.finish(grid, dw);
   }

@@ -27,13 +27,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
   const Tensor mean = masked ? floats(*mean_) : Tensor();
   const ConvShape shape(x.sizes(), weight.sizes(), stride, padding, dilation);
   const Tensor g = empty_nhwc(x.sizes(), x);
+  const at::ScalarType products = product_type(dtype);
   std::optional<PartSums> sum_g, sum_gx;
   if (masked) {
     sum_g.emplace(at::get_num_threads(), shape.c);
     sum_gx.emplace(at::get_num_threads(), shape.c);
   }
   for (const Grid& grid : shape.backward_grids()) {
-    const PackedWeights packed = pack_backward(weight, grid);
+    const PackedWeights packed = pack_backward(weight, grid, products);
     const Tiling tiling(grid, packed.depth);
     const Tasks tasks(packed, tiling);
     FUSED_PREACT_DISPATCH(dtype, "conv_dgrad", [&] {
@@ -42,7 +43,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_dgrad(
           x.const_data_ptr<scalar_t>(), data<scalar_t>(da), g.mutable_data_ptr<scalar_t>(), shape.c,
           masked ? Affine{pointer(scale), pointer(shift), floor_of(relu)} : Affine{nullptr, nullptr},
           masked ? pointer(mean) : nullptr, masked ? &*sum_g : nullptr, masked ? &*sum_gx : nullptr};
-      run_tiles(grid, source, packed, tiling, tasks, 2 * round_up(shape.c, kLanes), epilogue);
+      with_product_type<scalar_t>(products, [&](auto product) {
+        run_tiles<scalar_t, decltype(product)>(
+            grid, source, packed, tiling, tasks, 2 * round_up(shape.c, kLanes), epilogue);
+      });
     });
   }
   const Tensor out = like_input(g, x_);

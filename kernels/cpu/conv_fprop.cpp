@@ -41,7 +41,7 @@ struct FpropEpilogue {
       const int64_t at = run.dst_pixel * channels + c;
       const float* acc = panel.acc + run.row * panel.acc_stride;
       if (ones != nullptr) {
-        loops<float>().activate(
+        operands<float, float>().activate(
             acc, panel.acc_stride, run.count, panel.channels, {ones + c, bias + c}, const_cast<float*>(acc),
             panel.acc_stride);
       }
@@ -82,7 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   Tensor bias = bias_.has_value() ? floats(*bias_) : Tensor();
   const ConvShape shape(x.sizes(), weight.sizes(), stride, padding, dilation);
   const Grid grid = shape.forward_grid();
-  const PackedWeights packed = pack_forward(weight);
+  const at::ScalarType products = product_type(x.scalar_type());
+  const PackedWeights packed = pack_forward(weight, products);
   const Tiling tiling(grid, packed.depth);
   const Tasks tasks(packed, tiling);
   const Tensor y = empty_nhwc({shape.n, shape.k, shape.oh, shape.ow}, x);
@@ -102,7 +103,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
     const FpropEpilogue<scalar_t> epilogue{
         bias.defined() ? pointer(bias) : nullptr, output_relu ? pointer(ones) : nullptr, data<scalar_t>(residual),
         y.mutable_data_ptr<scalar_t>(), shape.k, stats ? &*statistics : nullptr};
-    run_tiles(grid, source, packed, tiling, tasks, 3 * round_up(shape.k, kLanes), epilogue);
+    with_product_type<scalar_t>(products, [&](auto product) {
+      run_tiles<scalar_t, decltype(product)>(
+          grid, source, packed, tiling, tasks, 3 * round_up(shape.k, kLanes), epilogue);
+    });
   });
   const Tensor out = like_input(y, x_);
   if (!stats) {

@@ -20,10 +20,10 @@ constexpr int64_t kAccFloats = 256 * 1024;
 constexpr int64_t kOperandFloats = 64 * 1024;
 
 // Columns [begin, end) of a [pixels, taps * depth] matrix, depth the padded channels, written at `out`.
-template <typename T>
+template <typename T, typename P>
 void gather_columns(
-    const Source<T>& source, const Grid& grid, int64_t p_begin, int64_t p_end, int64_t begin, int64_t end,
-    float* out, int64_t out_stride) {
+    const Source<T>& source, const Grid& grid, int64_t p_begin, int64_t p_end, int64_t begin, int64_t end, P* out,
+    int64_t out_stride) {
   const int64_t depth = round_up(source.channels, kLanes);
   for (int64_t column = begin; column < end;) {
     const int64_t tap = column / depth, c = column % depth, count = std::min(depth - c, end - column);
@@ -53,7 +53,7 @@ struct Plan {
     column_block = round_up((right + blocks - 1) / blocks, PackedWeights::kPanel);
     columns = (right + column_block - 1) / column_block;
     ranges = std::min((threads + columns - 1) / columns, (pixels + 63) / 64);
-    tile = std::min<int64_t>(256, std::max<int64_t>(64, kOperandFloats / std::max(left, column_block)));
+    tile = std::min<int64_t>(256, std::max<int64_t>(64, kOperandFloats / std::max(left, column_block) / 2 * 2));
   }
 };
 
@@ -85,19 +85,25 @@ struct Accumulators {
   }
 };
 
-// left^T right over each range of pixels.
-template <typename T>
+// left^T right over each range of pixels, in products of type P.
+template <typename P, typename T>
 void accumulate(
     const Plan& plan, const Source<T>& left, const Grid& left_grid, const Source<T>& right, const Grid& right_grid,
     const Accumulators& acc) {
   const Parts tasks(plan.columns * plan.ranges);
   tasks.run([&](int64_t, int64_t task_begin, int64_t task_end) {
     // A row stride that is a power of two would put a column of the operand into few sets of the cache.
-    const int64_t right_stride = plan.column_block + kLanes, left_width = round_up(plan.left, kLanes);
-    Arena arena(thread_scratch(plan.tile * (2 * left_width + right_stride) + 3 * kLanes));
-    float* rows = arena.take(plan.tile * left_width);
-    float* transposed = arena.take(plan.tile * left_width);
-    float* columns = arena.take(plan.tile * right_stride);
+    const int64_t left_width = round_up(plan.left, kLanes);
+    int64_t right_stride = plan.column_block + kLanes;
+    Arena arena(thread_scratch(plan.tile * (2 * left_width + 2 * right_stride) + 4 * kLanes));
+    P* rows = arena.take<P>(plan.tile * left_width);
+    P* transposed = arena.take<P>(plan.tile * left_width);
+    P* columns = arena.take<P>(plan.tile * right_stride);
+    P* right_operand = columns;
+    if constexpr (!std::is_same_v<P, float>) {
+      right_stride = plan.column_block;
+      right_operand = arena.take<P>(plan.tile * right_stride);
+    }
     for (int64_t task = task_begin; task < task_end; task++) {
       const int64_t range = task / plan.columns, c_begin = task % plan.columns * plan.column_block;
       const int64_t c_end = std::min(c_begin + plan.column_block, plan.right);
@@ -106,16 +112,26 @@ void accumulate(
       for (int64_t p = p_begin; p < p_end; p += plan.tile) {
         const int64_t count = std::min(plan.tile, p_end - p);
         gather_columns(left, left_grid, p, p + count, 0, left_width, rows, left_width);
-        common_loops().transpose(rows, left_width, count, left_width, transposed, plan.tile);
         gather_columns(right, right_grid, p, p + count, c_begin, c_end, columns, right_stride);
+        int64_t depth = count;
+        if constexpr (std::is_same_v<P, float>) {
+          common_loops().transpose(rows, left_width, count, left_width, transposed, plan.tile);
+        } else {
+          depth = round_up(count, 2);
+          if (depth > count) {
+            zero_rows(rows + count * left_width, 1, left_width, left_width);
+          }
+          common_loops().transpose_16(bits(rows), left_width, depth, left_width, bits(transposed), plan.tile);
+          common_loops().interleave(bits(columns), right_stride, count, right_stride, bits(right_operand));
+        }
         for (int64_t c = 0; c < c_end - c_begin; c += PackedWeights::kPanel) {
-          gemm(
-              plan.left, std::min(PackedWeights::kPanel, c_end - c_begin - c), count, transposed, plan.tile,
-              columns + c, right_stride, out + c, plan.right, p > p_begin);
+          gemm<P>(
+              plan.left, std::min(PackedWeights::kPanel, c_end - c_begin - c), depth, transposed, plan.tile,
+              right_operand + right_column<P>(c), right_stride, out + c, plan.right, p > p_begin);
         }
       }
     }
-    gemm_release();
+    gemm_release<P>();
   });
 }
 
@@ -157,11 +173,14 @@ Tensor conv_wgrad(
     const Source<scalar_t> a{
         x.const_data_ptr<scalar_t>(), shape.c, {pointer(scale), pointer(shift), floor_of(relu)}};
     const Source<scalar_t> b{dy.const_data_ptr<scalar_t>(), shape.k};
-    if (swapped) {
-      accumulate(plan, a, grid, b, dy_grid, acc);
-    } else {
-      accumulate(plan, b, dy_grid, a, grid, acc);
-    }
+    with_product_type<scalar_t>(product_type(dtype), [&](auto product) {
+      using product_t = decltype(product);
+      if (swapped) {
+        accumulate<product_t>(plan, a, grid, b, dy_grid, acc);
+      } else {
+        accumulate<product_t>(plan, b, dy_grid, a, grid, acc);
+      }
+    });
   });
   Tensor sum = acc.finish();
   if (swapped) {

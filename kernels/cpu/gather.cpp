@@ -56,10 +56,10 @@ void list_runs(const Grid& grid, int64_t begin, int64_t end, std::vector<Run>& r
   }
 }
 
-template <typename T>
+template <typename T, typename P>
 void gather_tap(
     const Source<T>& source, const Grid& grid, const Tap& tap, int64_t begin, int64_t end, int64_t c_begin,
-    int64_t c_end, float* out, int64_t out_stride) {
+    int64_t c_end, P* out, int64_t out_stride) {
   const int64_t channels = c_end - c_begin, columns = round_up(channels, kLanes);
   if (grid.pointwise()) {
     source.load(begin, 1, end - begin, c_begin, channels, out, out_stride);
@@ -88,12 +88,14 @@ void gather_tap(
   }
 }
 
-#define INSTANTIATE(T)                                                                                       \
-  template void gather_tap<T>(                                                                               \
-      const Source<T>&, const Grid&, const Tap&, int64_t, int64_t, int64_t, int64_t, float*, int64_t)
-INSTANTIATE(float);
-INSTANTIATE(c10::BFloat16);
-INSTANTIATE(c10::Half);
+#define INSTANTIATE(T, P)                                                                                    \
+  template void gather_tap<T, P>(                                                                            \
+      const Source<T>&, const Grid&, const Tap&, int64_t, int64_t, int64_t, int64_t, P*, int64_t)
+INSTANTIATE(float, float);
+INSTANTIATE(c10::BFloat16, float);
+INSTANTIATE(c10::BFloat16, c10::BFloat16);
+INSTANTIATE(c10::Half, float);
+INSTANTIATE(c10::Half, c10::Half);
 #undef INSTANTIATE
 
 } // namespace fused_preact

@@ -76,31 +76,32 @@ struct Source {
   }
 
   // Channels [c, c + count) of `rows` pixels that lie `step` apart, padded with zeros to a multiple of kLanes.
-  void load(
-      int64_t pixel, int64_t step, int64_t rows, int64_t c, int64_t count, float* out, int64_t out_stride) const {
+  template <typename P>
+  void load(int64_t pixel, int64_t step, int64_t rows, int64_t c, int64_t count, P* out, int64_t out_stride) const {
     const int64_t at = pixel * channels + c, stride = step * channels;
     if (pending.a != nullptr) {
       const Pending<T> part = pending.y == nullptr
           ? Pending<T>{nullptr, pending.a + c, nullptr, nullptr, nullptr}
           : Pending<T>{pending.y + at, pending.a + c, pending.b + c, pending.c + c, pending.mean + c};
-      loops<T>().load_pending(data + at, part, stride, rows, count, out, out_stride);
+      operands<T, P>().load_pending(data + at, part, stride, rows, count, out, out_stride);
       return;
     }
-    loops<T>().activate(data + at, stride, rows, count, from_channel(bn, c), out, out_stride);
+    operands<T, P>().activate(data + at, stride, rows, count, from_channel(bn, c), out, out_stride);
   }
 };
 
-inline void zero_rows(float* out, int64_t rows, int64_t columns, int64_t stride) {
+template <typename P>
+void zero_rows(P* out, int64_t rows, int64_t columns, int64_t stride) {
   for (int64_t r = 0; r < rows; r++) {
-    std::memset(out + r * stride, 0, columns * sizeof(float));
+    std::memset(static_cast<void*>(out + r * stride), 0, columns * sizeof(P));
   }
 }
 
 // Fills rows of `out` (row stride `out_stride`) with the channels [c_begin, c_end) of one tap's source pixels
 // for the pixels [begin, end), activated; rows outside the source are zeros: padding comes after activation.
-template <typename T>
+template <typename T, typename P>
 void gather_tap(
     const Source<T>& source, const Grid& grid, const Tap& tap, int64_t begin, int64_t end, int64_t c_begin,
-    int64_t c_end, float* out, int64_t out_stride);
+    int64_t c_end, P* out, int64_t out_stride);
 
 } // namespace fused_preact

@@ -44,7 +44,7 @@ Variant choose() {
   TORCH_CHECK_VALUE(
       serves("default"), "FUSED_PREACT_CPU_ISA: got '", asked, "', allowed on this processor are ", allowed);
   using namespace default_isa;
-  return {{transpose, merge, maximum, add, "default"}, table<float>(), table<c10::BFloat16>(), table<c10::Half>()};
+  return {common("default"), table<float>(), table<c10::BFloat16>(), table<c10::Half>()};
 }
 
 const Variant& chosen() {

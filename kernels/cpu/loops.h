@@ -1,11 +1,13 @@
 // Element loops: what is done to a tile between memory and the GEMM. One table of functions per storage
 // type, filled with the best instruction set of the processor at hand (loops.cpp).
 //
-// Tiles are row-major float scratch, one row a pixel, one column a channel, padded to a multiple of 16
-// channels; tensors are NHWC, so a row of a tile is a run of consecutive memory. All strides count elements.
+// Tiles are row-major scratch, one row a pixel, one column a channel, padded to a multiple of 16 channels; tensors are
+// NHWC, so a row of a tile is a run of consecutive memory. Operands of products are of the type that is multiplied,
+// results and everything else float. All strides count elements.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fused_preact {
 
@@ -41,19 +43,27 @@ struct Pending {
   const float *a, *b, *c, *mean; // a null: dy itself
 };
 
-template <typename T>
-struct Loops {
+// What makes operands of type P, rounded to it where it is narrower than float, of tensors of type T.
+template <typename T, typename P>
+struct Operands {
   // out[r][c] = max(z, floor), or x where scale is null; channels are padded with zeros.
   void (*activate)(
-      const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, float* out, int64_t out_stride);
+      const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, P* out, int64_t out_stride);
 
   // out[c][r] = max(z, floor). Columns are written 16 at a time: after the last row come up to 15 zeros.
   void (*activate_transposed)(
-      const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, float* out, int64_t out_stride);
+      const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, P* out, int64_t out_stride);
 
   // out[r][c] = a g + b (y - mean) + c, or a g where y is null; channels are padded with zeros. g and y have the same stride.
   void (*load_pending)(
-      const T* g, Pending<T> pending, int64_t stride, int64_t rows, int64_t channels, float* out, int64_t out_stride);
+      const T* g, Pending<T> pending, int64_t stride, int64_t rows, int64_t channels, P* out, int64_t out_stride);
+};
+
+template <typename T>
+struct Loops {
+  Operands<T, float> wide;
+  Operands<T, T> own;
+  Operands<float, T> narrowed; // of accumulators
 
   // The same as activate, stored as T and without padding: for the split path.
   void (*activate_store)(const T* x, int64_t rows, int64_t channels, Affine bn, T* out);
@@ -96,9 +106,28 @@ struct Loops {
 template <typename T>
 const Loops<T>& loops();
 
+template <typename T, typename P>
+const Operands<T, P>& operands() {
+  if constexpr (std::is_same_v<P, float>) {
+    return loops<T>().wide;
+  } else if constexpr (std::is_same_v<T, P>) {
+    return loops<T>().own;
+  } else {
+    return loops<P>().narrowed;
+  }
+}
+
 struct CommonLoops {
   // out[c][r] = in[r][c]
   void (*transpose)(const float* in, int64_t in_stride, int64_t rows, int64_t cols, float* out, int64_t out_stride);
+
+  // The same of 16-bit values.
+  void (*transpose_16)(
+      const uint16_t* in, int64_t in_stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride);
+
+  // Two rows as one of pairs, out[r / 2][c][r % 2] = in[r][c], a row of zeros after an odd number of them; columns in
+  // whole vectors. The right operand of a product of 16-bit numbers.
+  void (*interleave)(const uint16_t* in, int64_t in_stride, int64_t rows, int64_t cols, uint16_t* out);
 
   // Chan's formula: merge a tile of `tile_count` rows into (count, mean, m2).
   void (*merge)(double count, double* mean, double* m2, double tile_count, Moments tile, int64_t channels);

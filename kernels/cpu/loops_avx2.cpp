@@ -13,7 +13,7 @@ namespace fused_preact {
 
 Variant avx2_variant() {
   using namespace avx2_isa;
-  return {{transpose, merge, maximum, add, "avx2"}, table<float>(), table<c10::BFloat16>(), table<c10::Half>()};
+  return {common("avx2"), table<float>(), table<c10::BFloat16>(), table<c10::Half>()};
 }
 
 } // namespace fused_preact

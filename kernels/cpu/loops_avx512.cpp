@@ -13,7 +13,7 @@ namespace fused_preact {
 
 Variant avx512_variant() {
   using namespace avx512_isa;
-  return {{transpose, merge, maximum, add, "avx512"}, table<float>(), table<c10::BFloat16>(), table<c10::Half>()};
+  return {common("avx512"), table<float>(), table<c10::BFloat16>(), table<c10::Half>()};
 }
 
 } // namespace fused_preact

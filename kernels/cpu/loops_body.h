@@ -23,6 +23,23 @@ constexpr int64_t kAheadBytes = 2048;
 
 // --- loads and stores of 16 values, whole or the first n --------------------------------------------------
 
+// Zero-extended, and the low halves. The compiler makes these of two registers of half the width, with shuffles.
+FP_INLINE vu widened(vh bits) {
+#if FP_VECTOR_BITS >= 512
+  return (vu)_mm512_cvtepu16_epi32((__m256i)bits);
+#else
+  return __builtin_convertvector(bits, vu);
+#endif
+}
+
+FP_INLINE vh narrowed(vu bits) {
+#if FP_VECTOR_BITS >= 512
+  return (vh)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
+  return __builtin_convertvector(bits, vh);
+#endif
+}
+
 FP_INLINE vf load(const float* p) {
   vf v;
   __builtin_memcpy(&v, p, sizeof v);
@@ -32,7 +49,7 @@ FP_INLINE vf load(const float* p) {
 FP_INLINE vf load(const c10::BFloat16* p) {
   vh bits;
   __builtin_memcpy(&bits, p, sizeof bits);
-  return (vf)(__builtin_convertvector(bits, vu) << 16);
+  return (vf)(widened(bits) << 16);
 }
 
 FP_INLINE vf load(const c10::Half* p) {
@@ -58,7 +75,7 @@ FP_INLINE vu bf16_bits(vf v) {
 }
 
 FP_INLINE void store(c10::BFloat16* p, vf v) {
-  const vh bits = __builtin_convertvector(bf16_bits(v), vh);
+  const vh bits = narrowed(bf16_bits(v));
   __builtin_memcpy((void*)p, &bits, sizeof bits);
 }
 
@@ -216,9 +233,9 @@ FP_INLINE void join(vf& high, vf& low, vf& m2, vf s, vf q, int64_t seen, int64_t
 
 // --- prologue -----------------------------------------------------------------------------------------------
 
-template <int B, bool TAIL, typename T>
+template <int B, bool TAIL, typename T, typename P>
 FP_INLINE void activate_block(
-    int64_t c, int64_t n, const T* x, int64_t x_stride, int64_t rows, Affine bn, float* out, int64_t out_stride) {
+    int64_t c, int64_t n, const T* x, int64_t x_stride, int64_t rows, Affine bn, P* out, int64_t out_stride) {
   if (bn.scale == nullptr) {
     for (int64_t r = 0; r < rows; r++) {
       for (int b = 0; b < B; b++) {
@@ -242,9 +259,8 @@ FP_INLINE void activate_block(
   }
 }
 
-template <typename T>
-void activate(
-    const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, float* out, int64_t out_stride) {
+template <typename T, typename P>
+void activate(const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, P* out, int64_t out_stride) {
   if (channels <= 64) {
     FP_OVER_CHANNELS(activate_block, channels, x, x_stride, rows, bn, out, out_stride);
     return;
@@ -257,9 +273,9 @@ void activate(
 }
 
 // In blocks of 16 pixels and 16 channels: 16 rows are streams that the prefetchers follow.
-template <typename T>
+template <typename T, typename P>
 void activate_transposed(
-    const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, float* out, int64_t out_stride) {
+    const T* x, int64_t x_stride, int64_t rows, int64_t channels, Affine bn, P* out, int64_t out_stride) {
   for (int64_t first = 0; first < rows; first += 16) {
     const int64_t count = rows - first < 16 ? rows - first : 16;
     for (int64_t c = 0; c < channels; c += 16) {
@@ -275,15 +291,23 @@ void activate_transposed(
       for (int64_t r = count; r < 16; r++) {
         store(block + 16 * r, vf{});
       }
-      transpose_16x16(block, 16, out + c * out_stride + first, out_stride);
+      P* to = out + c * out_stride + first;
+      if constexpr (sizeof(P) == sizeof(float)) {
+        transpose_16x16(block, 16, to, out_stride);
+      } else {
+        float turned[256];
+        transpose_16x16(block, 16, turned, 16);
+        for (int64_t i = 0; i < 16; i++) {
+          store(to + i * out_stride, load(turned + 16 * i));
+        }
+      }
     }
   }
 }
 
-template <int B, bool TAIL, typename T>
+template <int B, bool TAIL, typename T, typename P>
 FP_INLINE void pending_block(
-    int64_t c, int64_t n, const T* g, Pending<T> pending, int64_t stride, int64_t rows, float* out,
-    int64_t out_stride) {
+    int64_t c, int64_t n, const T* g, Pending<T> pending, int64_t stride, int64_t rows, P* out, int64_t out_stride) {
   vf slope_g[B], slope_y[B], offset[B], mean[B];
   for (int b = 0; b < B; b++) {
     slope_g[b] = get<TAIL>(pending.a + c + 16 * b, n);
@@ -316,9 +340,9 @@ FP_INLINE void pending_block(
   }
 }
 
-template <typename T>
+template <typename T, typename P>
 void load_pending(
-    const T* g, Pending<T> pending, int64_t stride, int64_t rows, int64_t channels, float* out, int64_t out_stride) {
+    const T* g, Pending<T> pending, int64_t stride, int64_t rows, int64_t channels, P* out, int64_t out_stride) {
   if (channels <= 64) {
     FP_OVER_CHANNELS(pending_block, channels, g, pending, stride, rows, out, out_stride);
     return;
@@ -501,12 +525,22 @@ void dgrad_epilogue(
 
 #include "loops_passes.h"
 
+template <typename T, typename P>
+Operands<T, P> operand_loops() {
+  return {activate<T, P>, activate_transposed<T, P>, load_pending<T, P>};
+}
+
 template <typename T>
 Loops<T> table() {
   return {
-      activate<T>, activate_transposed<T>, load_pending<T>, activate_store<T>, fprop_epilogue<T>, dgrad_epilogue<T>,
-      moments<T>,  apply<T>,               pool<T>,         pool_reduce<T>,    pool_apply<T>,
+      operand_loops<T, float>(), operand_loops<T, T>(), operand_loops<float, T>(), activate_store<T>, fprop_epilogue<T>,
+      dgrad_epilogue<T>,         moments<T>,            apply<T>,                  pool<T>,           pool_reduce<T>,
+      pool_apply<T>,
   };
+}
+
+inline CommonLoops common(const char* name) {
+  return {transpose, transpose_16, interleave, merge, maximum, add, name};
 }
 
 } // namespace fused_preact::ISA

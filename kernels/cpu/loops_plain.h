@@ -58,6 +58,50 @@ static void transpose(
   }
 }
 
+static void transpose_16(
+    const uint16_t* in, int64_t in_stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; r += 16) {
+    const int64_t m = rows - r < 16 ? rows - r : 16;
+    for (int64_t c = 0; c < cols; c += 16) {
+      const int64_t n = cols - c < 16 ? cols - c : 16;
+      if (m == 16 && n == 16) {
+        // As floats, which are twice as wide: whatever the bits are, a shuffle leaves them alone.
+        float block[256], turned[256];
+        for (int64_t i = 0; i < 16; i++) {
+          vh bits;
+          __builtin_memcpy(&bits, in + (r + i) * in_stride + c, sizeof bits);
+          store(block + 16 * i, (vf)widened(bits));
+        }
+        transpose_16x16(block, 16, turned, 16);
+        for (int64_t i = 0; i < 16; i++) {
+          const vh bits = narrowed((vu)load(turned + 16 * i));
+          __builtin_memcpy(out + (c + i) * out_stride + r, &bits, sizeof bits);
+        }
+        continue;
+      }
+      for (int64_t i = 0; i < m; i++) {
+        for (int64_t j = 0; j < n; j++) {
+          out[(c + j) * out_stride + r + i] = in[(r + i) * in_stride + c + j];
+        }
+      }
+    }
+  }
+}
+
+static void interleave(const uint16_t* in, int64_t in_stride, int64_t rows, int64_t cols, uint16_t* out) {
+  for (int64_t r = 0; r < rows; r += 2, in += 2 * in_stride, out += 2 * cols) {
+    for (int64_t c = 0; c < cols; c += 16) {
+      vh first, second{};
+      __builtin_memcpy(&first, in + c, sizeof first);
+      if (r + 1 < rows) {
+        __builtin_memcpy(&second, in + in_stride + c, sizeof second);
+      }
+      const vu pairs = widened(first) | widened(second) << 16;
+      __builtin_memcpy(out + 2 * c, &pairs, sizeof pairs);
+    }
+  }
+}
+
 static void merge(double count, double* mean, double* m2, double tile_count, Moments tile, int64_t channels) {
   const double total = count + tile_count, weight = tile_count / total, cross = count * weight;
   for (int64_t c = 0; c < channels; c++) {

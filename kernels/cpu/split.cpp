@@ -1,7 +1,6 @@
 #include "split.h"
 
 #include <ATen/Context.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
@@ -10,13 +9,6 @@
 #include "ops.h"
 
 namespace fused_preact {
-
-bool takes_split_path(at::ScalarType dtype) {
-  // The tiles multiply in float. On a processor without AMX that is the fast way for 16-bit tensors too
-  // (measured on Emerald Rapids without AMX, one core: 137 GFLOP/s against 80 of bf16 dot products); with AMX
-  // the library's 16-bit convolutions are several times faster. Packing is supported exactly where AMX is.
-  return dtype != at::kFloat && at::native::cpublas::could_pack(dtype);
-}
 
 namespace {
 
@@ -33,7 +25,7 @@ bool multiplies_faster(const Tensor& x, const Tensor& weight, at::IntArrayRef st
 
 bool takes_split_path(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, int64_t groups) {
   // A group has few channels: a tile of it is no matrix product worth the name.
-  return groups > 1 || takes_split_path(x.scalar_type()) || multiplies_faster(x, weight, stride);
+  return groups > 1 || multiplies_faster(x, weight, stride);
 }
 
 namespace {

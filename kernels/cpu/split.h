@@ -5,8 +5,7 @@
 
 namespace fused_preact {
 
-// Whether the split path serves convolutions of this dtype, or this one, rather than the tiles.
-bool takes_split_path(at::ScalarType dtype);
+// Whether the split path serves this convolution rather than the tiles.
 bool takes_split_path(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, int64_t groups);
 
 std::tuple<Tensor, Tensor, Tensor> split_fprop(

@@ -12,7 +12,7 @@ namespace {
 // Panels of [R][S C] rows, with S C padded to whole vectors as in any other panel; the product skips that.
 Tensor stem_pack(const Tensor& weight) {
   const int64_t k = weight.size(0), c = weight.size(1), r = weight.size(2), s = weight.size(3);
-  return pack_forward(weight.permute({0, 3, 1, 2}).reshape({k, s * c, r, 1})).buffer;
+  return pack_forward(weight.permute({0, 3, 1, 2}).reshape({k, s * c, r, 1}), at::kFloat).buffer;
 }
 
 struct Window {
@@ -67,7 +67,7 @@ class StemRun {
         continue;
       }
       // Whole vectors are stored: the right border comes after.
-      loops<T>().activate(
+      operands<T, float>().activate(
           x_ + (image * h_ + from) * values, values, 1, values, {nullptr, nullptr}, to + border, pitch_);
       std::memset(to, 0, border * sizeof(float));
       std::memset(to + border + values, 0, border * sizeof(float));
@@ -77,7 +77,7 @@ class StemRun {
       const int64_t n = std::min(PackedWeights::kPanel, width_ - column);
       const float* panel = weights_ + column * conv_.size * padded;
       for (int64_t r = 0; r < conv_.size; r++) {
-        gemm(
+        gemm<float>(
             ow_, n, depth, band + r * pitch_, conv_.stride * c_, panel + r * padded * n, n, out + column, width_, r > 0);
       }
     }
@@ -138,7 +138,7 @@ Tensor stem_conv_pool(
         const int64_t band = i % bands;
         run.rows(i / bands, band * rows / bands, (band + 1) * rows / bands);
       }
-      gemm_release();
+      gemm_release<float>();
     });
   });
   return like_input(y, x_);

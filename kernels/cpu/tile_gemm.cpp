@@ -10,10 +10,10 @@ namespace {
 constexpr int64_t kDepthOfACall = 256;
 }
 
-
-void gemm(
-    int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-    int64_t ldc, bool add) {
+template <>
+void gemm<float>(
+    int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+    bool add) {
 #ifdef CPUBLAS_BRGEMM_F32F32F32
   // One call sums its k terms one after the other in float and adds C at the end. Deep reductions go in parts, so
   // that the rounding of 1,000 and more channels stays near that of the library's convolutions.
@@ -29,11 +29,27 @@ void gemm(
 #endif
 }
 
-void gemm_release() {
+template <>
+void gemm_release<float>() {
 #ifdef CPUBLAS_BRGEMM_F32F32F32
   at::native::cpublas::brgemm_release(/*is_vnni=*/false);
 #endif
 }
+
+#define GEMM_16(P)                                                                                                  \
+  template <>                                                                                                       \
+  void gemm<P>(                                                                                                     \
+      int64_t m, int64_t n, int64_t k, const P* a, int64_t lda, const P* b, int64_t ldb, float* c, int64_t ldc,     \
+      bool add) {                                                                                                   \
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/true);                            \
+  }                                                                                                                 \
+  template <>                                                                                                       \
+  void gemm_release<P>() {                                                                                          \
+    at::native::cpublas::brgemm_release(/*is_vnni=*/true);                                                          \
+  }
+GEMM_16(at::BFloat16)
+GEMM_16(at::Half)
+#undef GEMM_16
 
 namespace {
 
@@ -42,8 +58,8 @@ Tensor krsc(const Tensor& weight) {
   return weight.permute({0, 2, 3, 1}).contiguous();
 }
 
-PackedWeights allocate(int64_t taps, int64_t depth, int64_t columns) {
-  return {at::empty({taps * depth * round_up(columns, kLanes)}, at::kFloat), taps, depth, columns};
+PackedWeights allocate(int64_t taps, int64_t depth, int64_t columns, at::ScalarType products) {
+  return {at::empty({taps * depth * round_up(columns, kLanes)}, products), taps, depth, columns};
 }
 
 // Below this many weights a second thread costs more than it saves.
@@ -51,55 +67,74 @@ constexpr int64_t kPackGrain = 1 << 15;
 
 } // namespace
 
-PackedWeights pack_forward(const Tensor& weight_) {
+PackedWeights pack_forward(const Tensor& weight_, at::ScalarType products) {
   const Tensor weight = krsc(weight_);
   const int64_t k = weight.size(0), taps = weight.size(1) * weight.size(2), c = weight.size(3);
-  const PackedWeights packed = allocate(taps, round_up(c, kLanes), k);
+  const PackedWeights packed = allocate(taps, round_up(c, kLanes), k, products);
   FUSED_PREACT_DISPATCH(weight.scalar_type(), "pack_forward", [&] {
     const scalar_t* w = weight.const_data_ptr<scalar_t>();
     const int64_t depth = packed.depth;
-    at::parallel_for(
-        0, packed.panels() * taps, kPackGrain / (PackedWeights::kPanel * depth) + 1, [&](int64_t begin, int64_t end) {
-          float* rows = thread_scratch(PackedWeights::kPanel * depth);
-          for (int64_t i = begin; i < end; i++) {
-            const int64_t panel = i / taps, tap = i % taps;
-            const int64_t count = packed.channels(panel), width = packed.width(panel);
-            float* out = const_cast<float*>(packed.data(panel)) + tap * depth * width;
-            const scalar_t* from = w + (panel * PackedWeights::kPanel * taps + tap) * c;
-            if (count < width) {
-              std::memset(out, 0, depth * width * sizeof(float));
+    const auto pack = [&](auto product) {
+      using P = decltype(product);
+      // Of 16-bit weights a pair is turned like one float.
+      constexpr int64_t kPair = sizeof(float) / sizeof(P);
+      at::parallel_for(
+          0, packed.panels() * taps, kPackGrain / (PackedWeights::kPanel * depth) + 1, [&](int64_t begin, int64_t end) {
+            P* rows = reinterpret_cast<P*>(thread_scratch(PackedWeights::kPanel * depth));
+            for (int64_t i = begin; i < end; i++) {
+              const int64_t panel = i / taps, tap = i % taps;
+              const int64_t count = packed.channels(panel), width = packed.width(panel);
+              P* to = const_cast<P*>(packed.data<P>(panel)) + tap * depth * width;
+              float* out = reinterpret_cast<float*>(to);
+              const scalar_t* from = w + (panel * PackedWeights::kPanel * taps + tap) * c;
+              if (count < width) {
+                std::memset(out, 0, depth * width * sizeof(P));
+              }
+              if (std::is_same_v<scalar_t, P> && c == depth) {
+                const float* in = reinterpret_cast<const float*>(from);
+                common_loops().transpose(in, taps * c / kPair, count, c / kPair, out, width);
+                continue;
+              }
+              operands<scalar_t, P>().activate(from, taps * c, count, c, {nullptr, nullptr}, rows, depth);
+              common_loops().transpose(
+                  reinterpret_cast<const float*>(rows), depth / kPair, count, depth / kPair, out, width);
             }
-            if (std::is_same_v<scalar_t, float> && c == depth) {
-              common_loops().transpose(reinterpret_cast<const float*>(from), taps * c, count, c, out, width);
-              continue;
-            }
-            loops<scalar_t>().activate(from, taps * c, count, c, {nullptr, nullptr}, rows, depth);
-            common_loops().transpose(rows, depth, count, depth, out, width);
-          }
-        });
+          });
+    };
+    with_packed_type<scalar_t>(products, pack);
   });
   return packed;
 }
 
-PackedWeights pack_backward(const Tensor& weight_, const Grid& grid) {
+PackedWeights pack_backward(const Tensor& weight_, const Grid& grid, at::ScalarType products) {
   const Tensor weight = krsc(weight_);
   const int64_t k = weight.size(0), all_taps = weight.size(1) * weight.size(2), c = weight.size(3);
   const int64_t taps = static_cast<int64_t>(grid.taps.size());
-  const PackedWeights packed = allocate(taps, round_up(k, kLanes), c);
+  const PackedWeights packed = allocate(taps, round_up(k, kLanes), c, products);
   FUSED_PREACT_DISPATCH(weight.scalar_type(), "pack_backward", [&] {
     const scalar_t* w = weight.const_data_ptr<scalar_t>();
     const int64_t depth = packed.depth;
-    at::parallel_for(
-        0, packed.panels() * taps, kPackGrain / (PackedWeights::kPanel * depth) + 1, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; i++) {
-            const int64_t panel = i / taps, tap = i % taps, width = packed.width(panel);
-            float* out = const_cast<float*>(packed.data(panel)) + tap * depth * width;
-            loops<scalar_t>().activate(
-                w + grid.taps[tap].index * c + panel * PackedWeights::kPanel, all_taps * c, k,
-                packed.channels(panel), {nullptr, nullptr}, out, width);
-            std::memset(out + k * width, 0, (depth - k) * width * sizeof(float));
-          }
-        });
+    with_product_type<scalar_t>(products, [&](auto product) {
+      using P = decltype(product);
+      at::parallel_for(
+          0, packed.panels() * taps, kPackGrain / (PackedWeights::kPanel * depth) + 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) {
+              const int64_t panel = i / taps, tap = i % taps, width = packed.width(panel);
+              P* out = const_cast<P*>(packed.data<P>(panel)) + tap * depth * width;
+              P* rows = out;
+              if constexpr (!std::is_same_v<P, float>) {
+                rows = reinterpret_cast<P*>(thread_scratch(PackedWeights::kPanel * depth));
+              }
+              operands<scalar_t, P>().activate(
+                  w + grid.taps[tap].index * c + panel * PackedWeights::kPanel, all_taps * c, k, packed.channels(panel),
+                  {nullptr, nullptr}, rows, width);
+              std::memset(static_cast<void*>(rows + k * width), 0, (depth - k) * width * sizeof(P));
+              if constexpr (!std::is_same_v<P, float>) {
+                common_loops().interleave(bits(rows), width, depth, width, bits(out));
+              }
+            }
+          });
+    });
   });
   return packed;
 }

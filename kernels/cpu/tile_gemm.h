@@ -8,12 +8,14 @@
 #pragma once
 
 #include "gather.h"
+#include "products.h"
 
 namespace fused_preact {
 
 // Weights as the right operand: panels of up to 64 columns, each [taps][depth][width] and contiguous, so that a
 // micro-kernel walks memory in order. 64 columns are four vector registers, the widest block that leaves
-// registers for six rows.
+// registers for six rows. Of 16-bit weights two rows lie side by side as pairs, [depth / 2][width][2]: a product of such
+// numbers sums two terms at a time.
 struct PackedWeights {
   static constexpr int64_t kPanel = 64;
   Tensor buffer;
@@ -28,24 +30,33 @@ struct PackedWeights {
   int64_t width(int64_t panel) const {
     return round_up(channels(panel), kLanes);
   }
-  const float* data(int64_t panel) const {
-    return buffer.const_data_ptr<float>() + panel * kPanel * taps * depth;
+  template <typename P>
+  const P* data(int64_t panel) const {
+    return buffer.const_data_ptr<P>() + panel * kPanel * taps * depth;
   }
 };
 
-// For y = conv(a, W): reduction over the input channels, columns are the output channels.
-PackedWeights pack_forward(const Tensor& weight);
+// For y = conv(a, W): reduction over the input channels, columns are the output channels. The type of the products is
+// float or that of the weight.
+PackedWeights pack_forward(const Tensor& weight, at::ScalarType products);
 
 // For da = dgrad(dy, W): reduction over the output channels, columns are the input channels, taps of the grid.
-PackedWeights pack_backward(const Tensor& weight, const Grid& grid);
+PackedWeights pack_backward(const Tensor& weight, const Grid& grid, at::ScalarType products);
 
-// C[m, n] (+)= A[m, k] B[k, n], row-major.
+// C[m, n] (+)= A[m, k] B[k, n], row-major; of 16-bit numbers k is even and B in pairs of rows, as packed weights are.
+template <typename P>
 void gemm(
-    int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-    int64_t ldc, bool add);
+    int64_t m, int64_t n, int64_t k, const P* a, int64_t lda, const P* b, int64_t ldb, float* c, int64_t ldc, bool add);
 
 // To be called at the end of a thread's work.
+template <typename P>
 void gemm_release();
+
+// Where column c of a right operand begins.
+template <typename P>
+constexpr int64_t right_column(int64_t c) {
+  return std::is_same_v<P, float> ? c : 2 * c;
+}
 
 // How a grid is cut into tiles.
 struct Tiling {
@@ -83,10 +94,12 @@ struct TilePanel {
 };
 
 // Rows of the left operand, for a second product with it: a row for each pixel of the tile, with `columns` values that
-// belong to the taps from `tap` on.
+// belong to the taps from `tap` on. They are rows [first, first + rows) of the `all_rows` that begin at `data`, of which
+// the operands of a band are overlapping parts, the one with `first` 0 before the others.
+template <typename P>
 struct Operand {
-  const float* data;
-  int64_t stride, rows, columns, tap;
+  const P* data;
+  int64_t stride, first, rows, all_rows, columns, tap;
 };
 
 // Runs all tiles. For each one calls
@@ -94,8 +107,8 @@ struct Operand {
 //   epilogue.panel(panel, runs)                       once per column panel
 //   epilogue.operand(operand, runs)                   only where Epilogue::kSecondProduct: the left operand in parts
 //   epilogue.end(rows)                                rows of the tile
-// on a copy of `epilogue` that belongs to the task.
-template <typename T, typename Epilogue>
+// on a copy of `epilogue` that belongs to the task. P is the type of the products.
+template <typename T, typename P, typename Epilogue>
 void run_tiles(
     const Grid& grid, const Source<T>& source, const PackedWeights& weights, const Tiling& tiling,
     const Tasks& tasks, int64_t epilogue_floats, const Epilogue& epilogue);
@@ -103,15 +116,15 @@ void run_tiles(
 // --- implementation ---------------------------------------------------------------------------------------
 
 // Fills the band of image rows [i_begin, i_end).
-template <typename T>
+template <typename T, typename P>
 void fill_band(
     const Source<T>& source, const Grid& grid, const Tiling& tiling, int64_t image, int64_t i_begin,
-    int64_t i_end, float* band) {
+    int64_t i_end, P* band) {
   const int64_t depth = round_up(source.channels, kLanes), stride = tiling.window_w * depth;
   for (int64_t row = i_begin; row < i_end + tiling.window_h - 1; row++) {
     const int64_t src_row = row + grid.taps[0].dh;
     if (src_row < 0 || src_row >= grid.src_h) {
-      std::memset(band, 0, grid.w * stride * sizeof(float));
+      std::memset(static_cast<void*>(band), 0, grid.w * stride * sizeof(P));
       band += grid.w * stride;
       continue;
     }
@@ -132,7 +145,7 @@ void fill_band(
 }
 
 // The scratch of a thread and the tile that it works on.
-template <typename T, typename Epilogue>
+template <typename T, typename P, typename Epilogue>
 class TileRunner {
  public:
   TileRunner(
@@ -141,22 +154,22 @@ class TileRunner {
       : grid(grid), source(source), weights(weights), tiling(tiling), depth(weights.depth), taps(weights.taps),
         one_chunk(tiling.band || tiling.chunk_taps >= taps),
         direct(
-            std::is_same_v<T, float> && grid.pointwise() && source.as_stored() && source.channels == depth &&
+            std::is_same_v<T, P> && grid.pointwise() && source.as_stored() && source.channels == depth &&
             !(Epilogue::kSecondProduct && depth % 512 == 0)) {
     // A row stride that is a power of two would put a column of the operand into few sets of the cache.
     left_stride = tiling.band ? tiling.window_w * depth : std::min(tiling.chunk_taps, taps) * depth + kLanes;
-    int64_t left_floats = 0;
+    int64_t left_size = 0;
     if (tiling.band) {
-      left_floats = (tiling.rows + tiling.window_h - 1) * grid.w * left_stride;
+      left_size = (tiling.rows + tiling.window_h - 1) * grid.w * left_stride;
     } else if (!direct) {
-      left_floats = tiling.rows * left_stride;
+      left_size = tiling.rows * left_stride;
     }
     // A panel at a time fits where its accumulator is final; else all panels wait for the last chunk.
     const int64_t max_rows = tiling.band ? tiling.rows * grid.w : tiling.rows;
     const int64_t acc_floats = max_rows * PackedWeights::kPanel * (one_chunk ? 1 : tasks.block_panels);
     Arena arena(thread_scratch(
-        round_up(left_floats, kLanes) + round_up(acc_floats, kLanes) + round_up(epilogue_floats, kLanes)));
-    left = arena.take(left_floats);
+        round_up(floats_of<P>(left_size), kLanes) + round_up(acc_floats, kLanes) + round_up(epilogue_floats, kLanes)));
+    left = arena.take<P>(left_size);
     acc = arena.take(acc_floats);
     extra = arena.take(epilogue_floats);
   }
@@ -191,15 +204,18 @@ class TileRunner {
     for (int64_t panel = first; panel < last; panel++) {
       const int64_t width = weights.width(panel);
       for (int64_t r = 0; r < tiling.window_h; r++) {
-        gemm(
-            rows, width, left_stride, left + r * next_row, left_stride, weights.data(panel) + r * left_stride * width,
-            width, acc, width, r > 0);
+        gemm<P>(
+            rows, width, left_stride, left + r * next_row, left_stride,
+            weights.template data<P>(panel) + r * left_stride * width, width, acc, width, r > 0);
       }
       finish(panel, acc, epilogue);
     }
     if constexpr (Epilogue::kSecondProduct) {
       for (int64_t r = 0; r < tiling.window_h; r++) {
-        epilogue.operand({left + r * next_row, left_stride, rows, left_stride, r * tiling.window_w}, runs);
+        epilogue.operand(
+            {left, left_stride, r * grid.w, rows, (count + tiling.window_h - 1) * grid.w, left_stride,
+             r * tiling.window_w},
+            runs);
       }
     }
     return rows;
@@ -210,9 +226,9 @@ class TileRunner {
     list_runs(grid, begin, end, runs);
     for (int64_t tap = 0; tap < taps; tap += tiling.chunk_taps) {
       const int64_t count = std::min(tiling.chunk_taps, taps - tap), k = count * depth;
-      const float* a = left;
+      const P* a = left;
       int64_t stride = left_stride;
-      if constexpr (std::is_same_v<T, float>) {
+      if constexpr (std::is_same_v<T, P>) {
         if (direct) {
           a = source.data + begin * depth;
           stride = depth;
@@ -224,13 +240,14 @@ class TileRunner {
       for (int64_t panel = first; panel < last; panel++) {
         const int64_t width = weights.width(panel);
         float* out = one_chunk ? acc : acc + (panel - first) * PackedWeights::kPanel * tiling.rows;
-        gemm(rows, width, k, a, stride, weights.data(panel) + tap * depth * width, width, out, width, tap > 0);
+        gemm<P>(
+            rows, width, k, a, stride, weights.template data<P>(panel) + tap * depth * width, width, out, width, tap > 0);
         if (tap + count == taps) {
           finish(panel, out, epilogue);
         }
       }
       if constexpr (Epilogue::kSecondProduct) {
-        epilogue.operand({a, stride, rows, k, tap}, runs);
+        epilogue.operand({a, stride, 0, rows, rows, k, tap}, runs);
       }
     }
     for (int64_t panel = first; taps == 0 && panel < last; panel++) {
@@ -247,16 +264,17 @@ class TileRunner {
   const bool one_chunk;
   const bool direct; // a row of the source that is read as it is needs no scratch
   int64_t left_stride;
-  float *left, *acc, *extra;
+  P* left;
+  float *acc, *extra;
   std::vector<Run> runs;
 };
 
-template <typename T, typename Epilogue>
+template <typename T, typename P, typename Epilogue>
 void run_tiles(
     const Grid& grid, const Source<T>& source, const PackedWeights& weights, const Tiling& tiling,
     const Tasks& tasks, int64_t epilogue_floats, const Epilogue& epilogue) {
   tasks.run([&](int64_t task_begin, int64_t task_end) {
-    TileRunner<T, Epilogue> runner(grid, source, weights, tiling, tasks, epilogue_floats);
+    TileRunner<T, P, Epilogue> runner(grid, source, weights, tiling, tasks, epilogue_floats);
     for (int64_t task = task_begin; task < task_end; task++) {
       const int64_t range = task % tasks.ranges, first = task / tasks.ranges * tasks.block_panels;
       const int64_t last = std::min(first + tasks.block_panels, tasks.panels);
@@ -265,7 +283,7 @@ void run_tiles(
         runner.run(tile, range, first, last, mine);
       }
     }
-    gemm_release();
+    gemm_release<P>();
   });
 }
 

@@ -8,7 +8,6 @@
 #include <map>
 
 #include "ops.h"
-#include "split.h"
 #include "tile_gemm.h"
 #include "unit_run.h"
 
@@ -104,7 +103,7 @@ void load(const T* from, int64_t count, int64_t h, int64_t w, int64_t channels, 
   const int64_t depth = round_up(channels, kLanes);
   for (int64_t image = 0; image < count; image++) {
     for (int64_t row = 0; row < h; row++) {
-      loops<T>().activate(
+      operands<T, float>().activate(
           from + (image * h + row) * w * channels, channels, w, channels, {nullptr, nullptr},
           stream + (row * count + image) * w * depth, depth);
     }
@@ -123,7 +122,7 @@ void unload(const float* stream, int64_t count, int64_t h, int64_t w, int64_t ch
   }
 }
 
-template <typename T>
+template <typename T, typename P>
 class ChainRun {
  public:
   ChainRun(const Chain& chain, const float* packed, const T* x, T* y) : chain_(chain), packed_(packed), x_(x), y_(y) {}
@@ -167,7 +166,7 @@ class ChainRun {
         std::swap(from, to);
       }
     }
-    gemm_release();
+    gemm_release<P>();
   }
 
   // Images [begin, end), every unit by all threads.
@@ -207,7 +206,7 @@ class ChainRun {
   void run(const std::vector<UnitPlan>& plans, Buffers& buffers, bool parallel) const {
     for (const UnitPlan& plan : plans) {
       const bool in_place = plan.unit->shortcut == Shortcut::kIdentity;
-      UnitRun unit(
+      UnitRun<P> unit(
           plan, packed_, packed_ + chain_.ones, buffers.in, in_place ? buffers.in : buffers.out, buffers.operands);
       if (parallel) {
         unit.run_parallel(buffers.tile);
@@ -229,13 +228,14 @@ class ChainRun {
 } // namespace
 
 Tensor unit_chain(const Tensor& x_, const Tensor& packed, at::IntArrayRef spec) {
-  const Chain chain(spec);
+  const at::ScalarType products = product_type(x_.scalar_type());
+  const Chain chain(spec, products);
   TORCH_CHECK(served(x_), "x: got ", x_.toString(), " of shape ", x_.sizes(), ", allowed is a non-empty [N,C,H,W] "
               "tensor in float32, bfloat16 or float16");
   TORCH_CHECK(x_.size(1) == chain.channels, "x: got ", x_.size(1), " channels, allowed are ", chain.channels);
   TORCH_CHECK(
       packed.scalar_type() == at::kFloat && packed.is_contiguous() && packed.numel() == chain.floats,
-      "packed: got ", packed.numel(), " values, allowed are the ", chain.floats, " that unit_chain_pack made");
+      "packed: got ", packed.numel(), " values, allowed are the ", chain.floats, " that unit_chain_pack made for images of this dtype");
   TORCH_CHECK(!chain.units.empty(), "spec: got no units, allowed are 1 or more");
   const Tensor x = nhwc(x_);
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3), threads = at::get_num_threads();
@@ -243,26 +243,26 @@ Tensor unit_chain(const Tensor& x_, const Tensor& packed, at::IntArrayRef spec) 
   const Level out = plan_units(chain, 0, chain.units.size(), 1, h, w, 0).back().output();
   const Tensor y = empty_nhwc({n, out.conv->k, out.oh, out.ow}, x);
   FUSED_PREACT_DISPATCH(x.scalar_type(), "unit_chain", [&] {
-    const ChainRun<scalar_t> run(chain, pointer(packed), x.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>());
-    if (whole > 0) {
-      const std::vector<Segment> segments = plan_segments(chain, share, h, w);
-      at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t thread = begin; thread < end; thread++) {
-          run.depth_first(segments, thread * share, (thread + 1) * share);
-        }
-      });
-    }
-    if (whole < n) {
-      run.together(whole, n, h, w);
-    }
+    with_product_type<scalar_t>(products, [&](auto product) {
+      const ChainRun<scalar_t, decltype(product)> run(
+          chain, pointer(packed), x.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>());
+      if (whole > 0) {
+        const std::vector<Segment> segments = plan_segments(chain, share, h, w);
+        at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t thread = begin; thread < end; thread++) {
+            run.depth_first(segments, thread * share, (thread + 1) * share);
+          }
+        });
+      }
+      if (whole < n) {
+        run.together(whole, n, h, w);
+      }
+    });
   });
   return like_input(y, x_);
 }
 
 TORCH_LIBRARY_FRAGMENT(fused_preact, m) {
-  m.def("unit_chain_serves(ScalarType dtype) -> bool", [](at::ScalarType dtype) {
-    return !takes_split_path(dtype);
-  });
   m.def("unit_chain(Tensor x, Tensor packed, int[] spec) -> Tensor");
 }
 

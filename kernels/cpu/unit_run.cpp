@@ -4,17 +4,19 @@
 
 namespace fused_preact {
 
-UnitRun::UnitRun(
+template <typename P>
+UnitRun<P>::UnitRun(
     const UnitPlan& plan, const float* packed, const float* ones, float* in, float* out, float* operands)
     : plan_(plan), packed_(packed), ones_(ones), in_(in), out_(out), base_(plan.levels.size(), 0),
       done_(plan.phases.size(), 0) {
   for (const Level& level : plan.levels) {
-    operands_.push_back(level.slots > 0 ? operands : nullptr);
+    operands_.push_back(level.slots > 0 ? reinterpret_cast<P*>(operands) : nullptr);
     operands += round_up(level.operand_floats(plan.images), kLanes);
   }
 }
 
-void UnitRun::run(float* scratch) {
+template <typename P>
+void UnitRun<P>::run(float* scratch) {
   const int64_t last = static_cast<int64_t>(plan_.phases.size()) - 1;
   for (int64_t phase = plan_.interleaved ? last : 0; phase <= last; phase++) {
     const int64_t rows = plan_.phase_rows(phase);
@@ -24,7 +26,8 @@ void UnitRun::run(float* scratch) {
   }
 }
 
-void UnitRun::run_parallel(float* scratch) {
+template <typename P>
+void UnitRun<P>::run_parallel(float* scratch) {
   for (int64_t phase = 0; phase < static_cast<int64_t>(plan_.phases.size()); phase++) {
     const int64_t rows = plan_.phase_rows(phase), step = plan_.rows_at_once;
     prepare(phase, 0, rows);
@@ -34,12 +37,13 @@ void UnitRun::run_parallel(float* scratch) {
             phase, tile * step, std::min((tile + 1) * step, rows),
             scratch + at::get_thread_num() * plan_.tile_floats);
       }
-      gemm_release();
+      gemm_release<P>();
     });
   }
 }
 
-void UnitRun::advance(int64_t phase, int64_t end, float* scratch) {
+template <typename P>
+void UnitRun<P>::advance(int64_t phase, int64_t end, float* scratch) {
   const int64_t begin = done_[phase];
   if (end <= begin) {
     return;
@@ -53,7 +57,8 @@ void UnitRun::advance(int64_t phase, int64_t end, float* scratch) {
 }
 
 // Row `padded_row` (counted from the first row of padding) of a level's operand.
-float* UnitRun::slot(int64_t index, int64_t padded_row) const {
+template <typename P>
+P* UnitRun<P>::slot(int64_t index, int64_t padded_row) const {
   const Level& level = plan_.levels[index];
   const int64_t stride = level.conv->stride_h;
   return operands_[index] +
@@ -61,26 +66,27 @@ float* UnitRun::slot(int64_t index, int64_t padded_row) const {
 }
 
 // Makes room in the operand of a phase for what output rows [begin, end) read, and zeroes the padding among it.
-void UnitRun::prepare(int64_t phase, int64_t begin, int64_t end) {
+template <typename P>
+void UnitRun<P>::prepare(int64_t phase, int64_t begin, int64_t end) {
   const auto [first, last] = plan_.phases[phase];
   if (last < first || operands_[first] == nullptr) {
     return;
   }
   const Level& level = plan_.levels[first];
   const ChainConv& conv = *level.conv;
-  const int64_t floats = level.row_floats(plan_.images), moved = begin - base_[first];
+  const int64_t row_size = level.row_floats(plan_.images), moved = begin - base_[first];
   const int64_t all = (level.h + 2 * conv.pad_h + conv.stride_h - 1) / conv.stride_h;
   if (moved > 0 && level.slots < all) {
     for (int64_t c = 0; c < conv.stride_h; c++) {
-      float* rows = operands_[first] + c * level.slots * floats;
-      std::memmove(rows, rows + moved * floats, (level.slots - moved) * floats * sizeof(float));
+      P* rows = operands_[first] + c * level.slots * row_size;
+      std::memmove(static_cast<void*>(rows), rows + moved * row_size, (level.slots - moved) * row_size * sizeof(P));
     }
     base_[first] = begin;
   }
   const auto stop = [&](int64_t row) { return row == 0 ? 0 : (row - 1) * conv.stride_h + (conv.r - 1) * conv.dil_h + 1; };
   const auto zero = [&](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; row++) {
-      std::memset(slot(first, row), 0, floats * sizeof(float));
+      std::memset(static_cast<void*>(slot(first, row)), 0, row_size * sizeof(P));
     }
   };
   zero(stop(begin), std::min(stop(end), conv.pad_h));
@@ -88,10 +94,11 @@ void UnitRun::prepare(int64_t phase, int64_t begin, int64_t end) {
 }
 
 // Activated pixels of the input stream at the places that a one-tap convolution reads, channels [c, c + channels).
-void UnitRun::gather(
-    const ChainConv& conv, int64_t begin, int64_t end, int64_t c, int64_t channels, float* out,
-    int64_t out_stride) const {
-  const auto activate = loops<float>().activate;
+template <typename P>
+template <typename O>
+void UnitRun<P>::gather(
+    const ChainConv& conv, int64_t begin, int64_t end, int64_t c, int64_t channels, O* out, int64_t out_stride) const {
+  const auto activate = operands<float, O>().activate;
   const Level& level = plan_.levels[0];
   const int64_t depth = level.conv->depth(), w = level.w, images = plan_.images;
   const Affine bn{packed_ + plan_.unit->scale + c, packed_ + plan_.unit->shift + c};
@@ -110,12 +117,13 @@ void UnitRun::gather(
 }
 
 // Stores row `row` of a level's input, activated, once per tap of a kernel row.
-void UnitRun::expand(int64_t index, int64_t row, const float* from, Affine bn) const {
-  const auto activate = loops<float>().activate;
+template <typename P>
+void UnitRun<P>::expand(int64_t index, int64_t row, const float* from, Affine bn) const {
+  const auto activate = operands<float, P>().activate;
   const Level& level = plan_.levels[index];
   const ChainConv& conv = *level.conv;
   const int64_t depth = conv.depth(), pixel = conv.s * depth;
-  float* out = slot(index, row + conv.pad_h);
+  P* out = slot(index, row + conv.pad_h);
   for (int64_t image = 0; image < plan_.images; image++, from += level.w * depth, out += level.ow * pixel) {
     for (int64_t tap = 0; tap < conv.s; tap++) {
       // Output columns j read input column j * stride + shift.
@@ -123,31 +131,31 @@ void UnitRun::expand(int64_t index, int64_t row, const float* from, Affine bn) c
       const int64_t lo = std::min(shift >= 0 ? 0 : (-shift + step - 1) / step, level.ow);
       const int64_t inside = level.w - shift <= 0 ? 0 : (level.w - shift - 1) / step + 1;
       const int64_t hi = std::max(lo, std::min(inside, level.ow));
-      float* to = out + tap * depth;
+      P* to = out + tap * depth;
       for (int64_t j = 0; j < lo; j++) {
-        std::memset(to + j * pixel, 0, depth * sizeof(float));
+        std::memset(static_cast<void*>(to + j * pixel), 0, depth * sizeof(P));
       }
       if (hi > lo) {
         activate(from + (lo * step + shift) * depth, step * depth, hi - lo, depth, bn, to + lo * pixel, pixel);
       }
       for (int64_t j = hi; j < level.ow; j++) {
-        std::memset(to + j * pixel, 0, depth * sizeof(float));
+        std::memset(static_cast<void*>(to + j * pixel), 0, depth * sizeof(P));
       }
     }
   }
 }
 
 // c (+)= a W for `depth` rows of the weights from row `begin`, every panel of columns.
-void UnitRun::multiply(
-    const ChainConv& conv, int64_t begin, int64_t depth, int64_t m, const float* a, float* c, int64_t lda,
-    bool add) const {
-  const float* weights = packed_ + conv.weight;
+template <typename P>
+void UnitRun<P>::multiply(
+    const ChainConv& conv, int64_t begin, int64_t depth, int64_t m, const P* a, float* c, int64_t lda, bool add) const {
+  const P* weights = reinterpret_cast<const P*>(packed_ + conv.weight);
   const int64_t all = conv.taps() * conv.depth(), step = depth_step(depth);
   for (int64_t k = 0; k < depth; k += step, add = true) {
     // The panels one after the other on the same part of the left operand: that part stays in cache.
     for (int64_t column = 0; column < conv.width(); column += PackedWeights::kPanel) {
       const int64_t width = std::min(PackedWeights::kPanel, conv.width() - column);
-      gemm(
+      gemm<P>(
           m, width, std::min(step, depth - k), a + k, lda, weights + column * all + (begin + k) * width, width,
           c + column, conv.width(), add);
     }
@@ -155,7 +163,8 @@ void UnitRun::multiply(
 }
 
 // What the last convolution adds to: out = projection or padded copy of the activated input.
-void UnitRun::shortcut(int64_t begin, int64_t end, float* left) const {
+template <typename P>
+void UnitRun<P>::shortcut(int64_t begin, int64_t end, P* left) const {
   const ChainUnit& unit = *plan_.unit;
   const Level& level = plan_.output();
   const int64_t width = level.conv->width(), row = plan_.images * level.ow, m = (end - begin) * row;
@@ -177,7 +186,8 @@ void UnitRun::shortcut(int64_t begin, int64_t end, float* left) const {
 }
 
 // Output rows [begin, end) of a phase.
-void UnitRun::work(int64_t phase, int64_t begin, int64_t end, float* scratch) const {
+template <typename P>
+void UnitRun<P>::work(int64_t phase, int64_t begin, int64_t end, float* scratch) const {
   const ChainUnit& unit = *plan_.unit;
   const auto [first, last] = plan_.phases[phase];
   const int64_t count = static_cast<int64_t>(plan_.levels.size());
@@ -189,9 +199,9 @@ void UnitRun::work(int64_t phase, int64_t begin, int64_t end, float* scratch) co
     }
     return;
   }
-  float* left = scratch;
-  float* acc = left + round_up(plan_.left_floats, kLanes);
-  float* other = acc + round_up(plan_.acc_floats, kLanes);
+  P* left = reinterpret_cast<P*>(scratch);
+  float* acc = scratch + round_up(plan_.left_floats, kLanes);
+  P* other = reinterpret_cast<P*>(acc + round_up(plan_.acc_floats, kLanes));
   const int64_t m = (end - begin) * plan_.row_pixels(phase);
   if (last + 1 == count) {
     shortcut(begin, end, left);
@@ -229,9 +239,13 @@ void UnitRun::work(int64_t phase, int64_t begin, int64_t end, float* scratch) co
         expand(i + 1, row, acc + (row - begin) * plan_.row_pixels(phase) * conv.width(), bias);
       }
     } else {
-      loops<float>().activate(acc, conv.width(), m, conv.width(), bias, other, conv.width());
+      operands<float, P>().activate(acc, conv.width(), m, conv.width(), bias, other, conv.width());
     }
   }
 }
+
+template class UnitRun<float>;
+template class UnitRun<at::BFloat16>;
+template class UnitRun<at::Half>;
 
 } // namespace fused_preact

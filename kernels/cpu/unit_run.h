@@ -5,6 +5,8 @@
 
 namespace fused_preact {
 
+// P is the type of the operands of products; the streams, to which they are added, are float.
+template <typename P>
 class UnitRun {
  public:
   // `in` and `out` are the streams, [rows][images * W][channels], the same one for an identity shortcut; `operands`
@@ -21,20 +23,20 @@ class UnitRun {
   void advance(int64_t phase, int64_t end, float* scratch);
   void prepare(int64_t phase, int64_t begin, int64_t end);
   void work(int64_t phase, int64_t begin, int64_t end, float* scratch) const;
-  void shortcut(int64_t begin, int64_t end, float* left) const;
+  void shortcut(int64_t begin, int64_t end, P* left) const;
+  template <typename O>
   void gather(
-      const ChainConv& conv, int64_t begin, int64_t end, int64_t c, int64_t channels, float* out,
-      int64_t out_stride) const;
+      const ChainConv& conv, int64_t begin, int64_t end, int64_t c, int64_t channels, O* out, int64_t out_stride) const;
   void expand(int64_t level, int64_t row, const float* from, Affine bn) const;
   void multiply(
-      const ChainConv& conv, int64_t begin, int64_t depth, int64_t m, const float* a, float* c, int64_t lda,
+      const ChainConv& conv, int64_t begin, int64_t depth, int64_t m, const P* a, float* c, int64_t lda,
       bool add) const;
-  float* slot(int64_t level, int64_t padded_row) const;
+  P* slot(int64_t level, int64_t padded_row) const;
 
   const UnitPlan& plan_;
   const float *packed_, *ones_;
   float *in_, *out_;
-  std::vector<float*> operands_; // per level, null where it has none
+  std::vector<P*> operands_; // per level, null where it has none
   std::vector<int64_t> base_; // first row of a class that an operand holds
   std::vector<int64_t> done_; // rows made by each phase
 };
