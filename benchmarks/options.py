@@ -165,7 +165,9 @@ def parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.set_defaults(command=command)
-    made.add_argument("--model", nargs="+", default=list(models), choices=fused_preact.models.names())
+    made.add_argument(
+        "--model", nargs="+", default=list(models), choices=fused_preact.models.list_models("*preact*")
+    )
     made.add_argument("--batch", type=int, default=batch, help="default: by network and device")
     made.add_argument(
         "--dtype", default=None, choices=list(DTYPES), help="default: fp32 on a CPU, bf16 on a GPU"

@@ -18,8 +18,10 @@ from .modules import (
     PreActBottleneck,
     PreActConv2d,
     PreActSequential,
+    PreActSingleBlock,
 )
 from .ops import backend, serving_backend
+from .units import ResidualUnit
 
 __all__ = [
     "IdentityProjection",
@@ -27,6 +29,8 @@ __all__ = [
     "PreActBottleneck",
     "PreActConv2d",
     "PreActSequential",
+    "PreActSingleBlock",
+    "ResidualUnit",
     "Statistics",
     "backend",
     "functional",

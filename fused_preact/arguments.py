@@ -342,7 +342,7 @@ def check_unit(
 ) -> _Plan:
     """Everything that the unit's arguments must be, and its constants."""
     _check_input(x)
-    named = identity or projection is not None
+    named = identity or projection is not None or len(sites) > 1
     constants, counts = [], []
     shape = tuple(x[0])
     for index, (bn, conv) in enumerate(sites):

@@ -36,6 +36,7 @@ __all__ = [
     "Convolution",
     "Statistics",
     "bn_relu_avg_pool2d",
+    "preact_chain",
     "preact_conv2d",
     "preact_site",
     "residual_unit",
@@ -44,6 +45,9 @@ __all__ = [
 
 _TRANSPARENT = {Tensor, nn.Parameter, type(None), FakeTensor, FunctionalTensor}
 """Types of tensors whose operations are those of torch, or a tracer's."""
+
+
+_NO_SITES = "sites: got none, allowed are one or more (BatchNorm, Convolution) pairs"
 
 
 def preact_conv2d(
@@ -113,6 +117,23 @@ def preact_site(
     return y
 
 
+def preact_chain(
+    input: Tensor,
+    sites: Sequence[tuple[BatchNorm, Convolution]],
+    residual: Tensor | None = None,
+    *,
+    statistics: Statistics | None = None,
+    return_statistics: bool = False,
+) -> tuple[Tensor, Statistics | None]:
+    """Sites in a row, ``F(input)``, plus ``residual`` [N,K,OH,OW] in the last epilogue; [N,C,H,W] -> [N,K,OH,OW].
+
+    Statistics and errors as in :func:`residual_unit`.
+    """
+    if not sites:
+        raise ValueError(_NO_SITES)
+    return _unit(input, list(sites), None, False, residual, statistics, return_statistics)
+
+
 def residual_unit(
     input: Tensor,
     sites: Sequence[tuple[BatchNorm, Convolution]],
@@ -131,7 +152,7 @@ def residual_unit(
     of BNs in training mode are updated in place. Raises as :func:`preact_conv2d`.
     """
     if not sites:
-        raise ValueError("sites: got none, allowed are one or more (BatchNorm, Convolution) pairs")
+        raise ValueError(_NO_SITES)
     return _unit(input, list(sites), projection, projection is None, None, statistics, return_statistics)
 
 

@@ -31,7 +31,7 @@ from .folding import (
     run_stem,
 )
 from .functional import to_native_format
-from .modules import PreActSequential, Stem, _PreActUnit, takes_statistics
+from .modules import PreActSequential, Stem, Unit, _PreActUnit, takes_statistics
 from .reference import memory_format_of
 
 __all__ = ["optimize_for_inference", "undo_optimize_for_inference"]
@@ -44,7 +44,8 @@ _IN_A_ROW = nn.Sequential.forward  # as it was at import: see calls.py
 def optimize_for_inference(model: Model) -> Model:
     """Let the units of ``model`` run with folded, prepacked weights where nobody needs a gradient; returns ``model``.
 
-    Units are ours, and the blocks of other models that :func:`fuse` made one call of. Takes effect in eval mode under
+    Units are ours of full pre-activation, and the blocks of other models that :func:`fuse` made one call of; a
+    ``ResidualUnit`` beside them runs as before. Takes effect in eval mode under
     ``torch.no_grad()`` or ``torch.inference_mode()``. Parameters, buffers and state dict stay as they are, training
     goes on as before, and :func:`undo_optimize_for_inference` removes it again. The copies take about the memory of
     the weights (in float32 on a CPU).
@@ -67,7 +68,7 @@ def optimize_for_inference(model: Model) -> Model:
     Raises TypeError where ``model`` is no module and ValueError where it holds no units.
     """
     undo_optimize_for_inference(model)
-    ours = any(isinstance(m, _PreActUnit) for m in model.modules())
+    ours = any(isinstance(m, Unit) for m in model.modules())
     with modes(model) as (_, *others):
         for mode in others:
             if not any(mode.values()):

@@ -24,7 +24,9 @@ __all__ = [
     "PreActBottleneck",
     "PreActConv2d",
     "PreActSequential",
+    "PreActSingleBlock",
     "Stem",
+    "Unit",
 ]
 
 
@@ -171,17 +173,8 @@ def _shortcut(
     raise ValueError(f"shortcut: got {kind!r}, allowed are None, 'A', 'B' and 'auto'")
 
 
-class _PreActUnit(nn.Module):
-    """What the two units share; a subclass adds its sites, their names and ``shortcut``."""
-
-    shortcut: nn.Module | None
-    _names: tuple[tuple[str, str], ...]
-    _folded: Folded | None = None
-
-    def sites(self) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
-        """The unit's (bn, conv) pairs, in order."""
-        for bn, conv in self._names:
-            yield _child(self, bn), _child(self, conv)
+class Unit(nn.Module):
+    """A residual unit: may take the statistics of its input and hand on those of its output."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self.forward_with_statistics(input, None, False)[0]
@@ -194,6 +187,25 @@ class _PreActUnit(nn.Module):
         Statistics are None where there are none to take or none wanted; they are then computed by the next
         reader of the tensor.
         """
+        raise NotImplementedError
+
+
+class _PreActUnit(Unit):
+    """What the three units below share; a subclass adds its sites, their names and ``shortcut``."""
+
+    shortcut: nn.Module | None
+    _names: tuple[tuple[str, str], ...]
+    _folded: Folded | None = None
+
+    def sites(self) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
+        """The unit's (bn, conv) pairs, in order."""
+        for bn, conv in self._names:
+            yield _child(self, bn), _child(self, conv)
+
+    def forward_with_statistics(
+        self, input: Tensor, statistics: Statistics | None, return_statistics: bool = True
+    ) -> tuple[Tensor, Statistics | None]:
+        """As in :class:`Unit`."""
         if self._folded is not None and not torch.compiler.is_compiling():
             output = self._folded(input)
             if output is not None:
@@ -236,6 +248,35 @@ class _PreActUnit(nn.Module):
         for bn, conv in pairs:
             y = conv(activated(bn, y))
         return y + (input if self.shortcut is None else self.shortcut(a))
+
+
+class PreActSingleBlock(_PreActUnit):
+    """Pre-activation unit of one 3x3 convolution, of the paper's ResNet-110 (1-layer): children bn1, conv1.
+
+    Otherwise as :class:`PreActBasicBlock`.
+    """
+
+    expansion = 1
+    _names = (("bn1", "conv1"),)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        dilation: int = 1,
+        *,
+        shortcut: str | None = "auto",
+        fused: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels, **factory)
+        self.conv1 = _conv(in_channels, out_channels, 3, stride, dilation, **factory)
+        self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride, factory)
+        self.fused = fused
 
 
 class PreActBasicBlock(_PreActUnit):
@@ -339,12 +380,12 @@ class PreActSequential(nn.Sequential):
 
 
 # As they are now: somebody may put others there.
-_UNIT, _SEQUENCE = _PreActUnit.forward, PreActSequential.forward
+_UNIT, _SEQUENCE = Unit.forward, PreActSequential.forward
 
 
 def takes_statistics(module: nn.Module) -> bool:
     """Whether calling ``module`` runs a forward of this file that hands statistics on, hooks apart."""
-    if isinstance(module, _PreActUnit):
+    if isinstance(module, Unit):
         return runs(module, _UNIT)
     return isinstance(module, PreActSequential) and runs(module, _SEQUENCE)
 

@@ -126,7 +126,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         ValueError,
         ["num_batches_tracked", "momentum=None"],
     ),
-    "model-name": (lambda: models.create("resnet50", num_classes=10), ValueError, ["resnet50", "preact_resnet50"]),
+    "model-name": (lambda: models.create("resnet51", num_classes=10), ValueError, ["resnet51", "preact_resnet50"]),
     "num-classes": (lambda: models.create("preact_resnet18", num_classes=0), ValueError, ["num_classes", "0"]),
     "shortcut": (
         lambda: models.cifar_preact_resnet20(shortcut="C"), ValueError, ["shortcut", "'C'", "'A'", "'B'"],

@@ -32,25 +32,26 @@ LAW: dict[str, set[str]] = {
     "autograd": {"arguments", "collective", "composite", "ops", "schedule"},
     "functional": {"arguments", "autograd", "calls", "composite", "ops", "reference"},
     "modules": {"calls", "composite", "functional"},
-    "convert": {"arguments", "calls", "composite", "functional", "modules"},
+    "units": {"calls", "functional", "modules"},
+    "convert": {"arguments", "calls", "composite", "functional", "modules", "units"},
     "folding": {"calls", "functional", "modules", "ops", "reference"},
     "inference": {"calls", "convert", "folding", "functional", "modules", "reference"},
-    "models": {"calls", "modules", "functional"},
-    "propagation": {"models"},
+    "models": {"calls", "modules", "functional", "units"},
     "fused_preact": {
         "_interrupt",
         "flops",
         "functional",
         "modules",
+        "units",
         "models",
         "ops",
         "inference",
         "convert",
-        "propagation",
     },
     "env": {"ops", "kernels", "fused_preact"},
     "train": {"_interrupt", "models", "fused_preact"},
     "predict": {"_interrupt", "train"},
+    "propagation": {"models", "modules", "train", "units"},
     "tune": {"models", "ops", "reference", "kernels", "fused_preact"},
 }
 LAZY = {"kernels"}
@@ -64,6 +65,7 @@ THIRD_PARTY: dict[str, dict[str, set[str]]] = {
         "now": {"numpy"},
         "later": {"numpy", "sklearn", "matplotlib", "PIL", "safetensors", "simplejpeg", "tqdm"},
     },
+    "propagation": {"now": set(), "later": {"sklearn", "matplotlib"}},
     "tune": {"now": {"triton"}, "later": {"triton"}},
 }
 

@@ -24,10 +24,12 @@ from fused_preact import (
     PreActBottleneck,
     PreActConv2d,
     PreActSequential,
+    ResidualUnit,
     inference,
     models,
     modules,
     optimize_for_inference,
+    units,
 )
 from fused_preact.models import network
 from fused_preact.modules import Stem
@@ -364,6 +366,8 @@ PLACES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], tuple[nn.Module
     "unit-last-conv": (lambda: PreActBottleneck(6, 12), lambda m: (m, "conv3"), "conv-1x1"),
     "unit-shortcut": (lambda: PreActBasicBlock(6, 9, 2), lambda m: (m, "shortcut"), "shortcut"),
     "unit-padding": (lambda: PreActBasicBlock(6, 9, 2, shortcut="A"), lambda m: (m, "shortcut"), "padding"),
+    "residual-bn": (lambda: ResidualUnit(6, 6), lambda m: (m, "bn1"), "bn"),
+    "residual-conv": (lambda: ResidualUnit(6, 6, order="bn_after_addition"), lambda m: (m, "conv2"), "conv"),
     "sequence-bn": (_row, lambda m: (m[1][0], "bn2"), "bn"),
     "sequence-conv": (_row, lambda m: (m[1][1], "conv1"), "conv"),
     "head": (_tiny, lambda m: (m, "bn"), "bn"),
@@ -433,6 +437,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for holder, name in (
         (modules, "residual_unit"),
         (modules, "preact_site"),
+        (units, "preact_chain"),
         (network, "bn_relu_avg_pool2d"),
         (inference, "run_chain"),
     ):
@@ -467,7 +472,7 @@ def test_children(place: str, change: Change, fused: bool, training: bool, fused
     if fused:
         assert fused_calls, "still fused"
         assert "bn_relu_avg_pool2d" in fused_calls or place != "head"
-    elif place.startswith(("site", "unit")):
+    elif place.startswith(("site", "unit", "residual")):
         assert not fused_calls
 
 

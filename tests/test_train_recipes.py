@@ -21,7 +21,7 @@ from fused_preact.train.recipes import DEFAULTS, RECIPES, families, recipe_for
 def test_every_recipe_is_of_a_known_model_and_data_set() -> None:
     for name, recipe in RECIPES.items():
         assert recipe.name == name
-        assert recipe.model in models.names()
+        assert recipe.model in models.list_models()
         assert recipe.data in DATASETS
         assert Config.from_dict(Config(recipe.data, recipe).to_dict()) == Config(recipe.data, recipe)
     assert set(DEFAULTS) == set(DATASETS)

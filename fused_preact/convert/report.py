@@ -12,6 +12,7 @@ from torch import nn
 
 from ..calls import has_hooks, observed, runs_batch_norm, runs_convolution
 from ..modules import PreActConv2d, _PreActUnit, is_identity_projection
+from ..units import ResidualUnit
 from .analysis import Analysis, Part, analyse
 from .reasons import AS_WRITTEN, Reader, is_any_convolution, is_any_norm, is_fused, is_network, other
 
@@ -187,6 +188,8 @@ class _Writer:
         for path, module in model.named_modules():
             if isinstance(module, PreActConv2d | _PreActUnit) and module.fused:
                 self._add(path, lambda path=path, module=module: self._own(path, module))  # type: ignore[misc]
+            elif isinstance(module, ResidualUnit) and module.fused:
+                self._add(path, lambda path=path, module=module: self._own_parts(path, module))  # type: ignore[misc]
             elif is_network(module) and module.fused and not is_fused(module):
                 self.tails[path] = lambda path=path, module=module: self._own_head(path, module)  # type: ignore[misc]
         for path, reason in analysis.opaque.items():
@@ -255,6 +258,41 @@ class _Writer:
                 site = f"{_join(path, names[-1] if module.shortcut is None else pairs[-1][1])} + "
                 site += "its input" if module.shortcut is None else _join(path, "shortcut")
                 self._row("addition", site, path, taken, False, reason, None)
+
+    def _own_parts(self, path: str, module: ResidualUnit) -> None:
+        """The rows of a unit that is no single call: its sites, the convolution that is none, its addition."""
+        if "conv1" in module.parts:
+            stored = "bn1" in module.before
+            reason = (
+                "the activation is needed by the shortcut too"
+                if stored
+                else "no norm before the activation"
+                if "relu" in (*module.before, module.parts[0])
+                else "it reads the unit's input, which the shortcut needs too"
+            )
+            site = f"{_join(path, 'bn1') if stored else '?'} -> {_join(path, 'conv1')}"
+            self._row("site" if stored else "convolution", site, path, AS_WRITTEN, False, reason, None)
+        added = ""
+        for row in [part for part in module.parts if not isinstance(part, str)]:
+            reasons = [self._own_reason(_join(path, n), getattr(module, n)) for pair in row for n in pair]
+            reason = next(filter(None, reasons), self._observed())
+            taken = AS_WRITTEN if reason else "own chain" if len(row) > 1 else "own site"
+            call = None if reason else self._next()
+            for bn, conv in row:
+                site = f"{_join(path, bn)} -> {_join(path, conv)}"
+                self._row("site", site, path, taken, not reason, reason, call)
+            added = reason
+        self.additions += 1
+        last = module.parts[-1]
+        if isinstance(last, str):
+            added = f"{_join(path, last) if last != 'relu' else 'a ReLU'} stands in front of it"
+        elif not module.adds_in_epilogue:
+            added = "it scales an operand"
+        if added:
+            name = last if isinstance(last, str) else last[-1][1]
+            operand = name if name == "relu" else _join(path, name)
+            other = "its input" if module.shortcut is None else _join(path, "shortcut")
+            self._row("addition", f"{operand} + {other}", path, AS_WRITTEN, False, added, None)
 
     def _own_reason(self, path: str, module: Any) -> str:
         if runs_batch_norm(module) or runs_convolution(module):

@@ -36,6 +36,9 @@ class TENSOR:
 _TRACING = threading.RLock()
 
 
+# Modules of these files are written in PyTorch's operations where they are not fused.
+_PLAIN_INSIDE = ("fused_preact.modules", "fused_preact.units")
+
 _REPLACED = "its forward was replaced on the instance"
 
 
@@ -254,7 +257,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if is_batch_norm(m) or is_convolution(m) or m.__module__.startswith("fused_preact."):
-            return m.__module__ != "fused_preact.modules" or bool(getattr(m, "fused", False))
+            return m.__module__ not in _PLAIN_INSIDE or bool(getattr(m, "fused", False))
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:

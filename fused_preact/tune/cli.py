@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure which path and configuration serves each convolution of a network best on this GPU, "
         "and write it to the table that every later run reads.",
     )
-    parser.add_argument("--model", default="preact_resnet50", choices=models.names())
+    parser.add_argument("--model", default="preact_resnet50", choices=models.list_models("*preact*"))
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument(
         "--dtype", default="bf16", choices=list(_DTYPES), help="fp32 tunes for PyTorch's TF32 switch"
