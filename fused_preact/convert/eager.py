@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +43,18 @@ class FusedForward:
     def __getstate__(self) -> dict[str, Any]:
         # Programs belong to the modules of this process; a copy traces its own.
         return {**self.__dict__, "programs": {}, "runs": {}}
+
+    # What is asked of a forward (torch.export, whoever wants the names of its arguments) is asked of the one written.
+    __name__ = "forward"
+
+    @property
+    def __code__(self) -> CodeType:
+        code: CodeType = type(self.owner).forward.__code__
+        return code
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.owner).forward.__get__(self.owner))
 
     @property
     def matches(self) -> int:
