@@ -178,15 +178,30 @@ def counting() -> Iterator[list[int]]:
     unit, composition = functional._unit, composite.unit
 
     def counted(x: Tensor, sites: Any, projection: Any, *rest: Any) -> Any:
-        before = len(composed)
+        before = counted_so_far()
         result = unit(x, sites, projection, *rest)
-        if len(composed) == before:
-            found.append(len(sites) + (projection is not None))
+        note(before, len(sites) + (projection is not None))
         return result
 
     def noted(*args: Any) -> Tensor:
-        composed.append(1)
+        compose()
         return composition(*args)
+
+    def counted_so_far() -> int:
+        return len(composed)
+
+    def note(before: int, sites: int) -> bool:
+        if len(composed) == before:
+            found.append(sites)
+        return True
+
+    def compose() -> bool:
+        composed.append(1)
+        return True
+
+    # Dynamo runs these while it traces, and does not guard on the lists.
+    for function in (counted_so_far, note, compose):
+        function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     functional._unit, composite.unit = counted, noted
     try:
@@ -245,7 +260,7 @@ def page() -> str:
 
 
 # Each registers its own; by the name of this module, which is another where it is run as a program.
-PARTS = ("numbers", "training", "transforms", "copies")
+PARTS = ("compiler", "numbers", "training", "transforms", "copies", "ranks", "gpu")
 
 
 def load() -> dict[str, Workflow]:

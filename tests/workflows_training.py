@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from workflows import Subject, workflow
+from workflows import HOLDS, Subject, otherwise, workflow
 
 import fused_preact
 
@@ -154,7 +154,8 @@ def checkpointed(s: Subject, **options: Any) -> None:
     found = {name.replace("gradient of model.", "gradient of "): t for name, t in found.items()}
     buffers = dict(model.named_buffers())
     for name, tensor in expected.items():
-        if name not in buffers or name.rpartition(".")[0] in ours:
+        counter = s.name == "timm_resnetv2_50" and name.endswith("num_batches_tracked")
+        if (name not in buffers or name.rpartition(".")[0] in ours) and not counter:
             assert_close(name, found[name], tensor)
     assert ours
 
@@ -170,28 +171,32 @@ class Checkpointed(nn.Module):
         return y
 
 
+TIMM = {"timm_resnetv2_50": otherwise(HOLDS, "its norms count `num_batches_tracked` in their own code, twice as in plain")}
 ONCE = "running statistics of fused norms are updated once, as without; PyTorch's own modules count a batch twice"
 
 
-@workflow("checkpoint-reentrant", "activation checkpointing, reentrant", GROUP, remark=ONCE)
+@workflow("checkpoint-reentrant", "activation checkpointing, reentrant", GROUP, remark=ONCE, but=TIMM)
 def checkpoint_reentrant(s: Subject) -> None:
     checkpointed(s, use_reentrant=True)
 
 
-@workflow("checkpoint", "activation checkpointing, not reentrant", GROUP)
+@workflow("checkpoint", "activation checkpointing, not reentrant", GROUP, but=TIMM)
 def checkpoint_not_reentrant(s: Subject) -> None:
     checkpointed(s, use_reentrant=False)
 
 
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    saved = "fused_preact.conv_fprop" in str(op)
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@workflow("checkpoint-selective", "selective checkpointing, our convolutions saved", GROUP)
+@workflow("checkpoint-selective", "selective checkpointing, our convolutions saved", GROUP, but=TIMM)
 def checkpoint_selective(s: Subject) -> None:
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    seen: set[str] = set()
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        seen.add(str(op))
+        saved = str(op).startswith("fused_preact.conv_fprop")
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
     checkpointed(s, use_reentrant=False, context_fn=contexts)
+    assert "fused_preact.conv_fprop.default" in seen
 
 
 # --- modes ----------------------------------------------------------------------------------------------------
@@ -255,14 +260,15 @@ def hooks(s: Subject) -> None:
             child.register_forward_hook(
                 lambda _, args, y, name=name, mine=mine: mine.append((name, tuple(y.shape)))
             )
-            child.register_full_backward_hook(
-                lambda _, dx, dy, name=name, mine=mine: mine.append((f"d{name}", tuple(dy[0].shape)))
-            )
+            if child is not norm[1]:  # (before a ReLU in place PyTorch itself refuses them)
+                child.register_full_backward_hook(
+                    lambda _, dx, dy, name=name, mine=mine: mine.append((f"d{name}", tuple(dy[0].shape)))
+                )
         blocks[-1][1].register_forward_hook(lambda _, args, y: y * 1.5)
     plain.load_state_dict(model.state_dict())
     assert_same_step(plain, model, s.image())
     assert heard[0] == heard[1]
-    assert len(heard[0]) == 6
+    assert len(heard[0]) == 5
 
 
 @workflow("inference-mode", "inference mode and no_grad", GROUP)
