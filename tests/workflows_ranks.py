@@ -106,7 +106,7 @@ def ddp_synchronised(s: Subject) -> None:
 def compiled_synchronised(s: Subject) -> None:
     def wrap(model: nn.Module) -> tuple[Any, bool]:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return torch.compile(model, backend="aot_eager", fullgraph=True), True
+        return torch.compile(model, backend="eager", fullgraph=True), True
 
     joined_batch(s, wrap)
 
@@ -176,7 +176,7 @@ def _scenario(row: Any, subject: str) -> None:
             row.run(SUBJECTS[subject])
         note(bool(fused) != (row.claim(subject).outcome == NOT), f"{len(fused)} fused calls")
 
-    sync_ranks.scenario(f"workflow-{row.name}-{subject}")(run)
+    sync_ranks.scenario(f"{row.name}-{subject}")(run)
 
 
 for _row in list(WORKFLOWS.values()):
