@@ -43,8 +43,8 @@ def _first_order(dy: Tensor) -> Tensor:
     """
     if dy.requires_grad:
         raise RuntimeError(
-            "create_graph=True: the backward of a forward that torch.compile traced has no second derivative; allowed "
-            "is the model without torch.compile"
+            "create_graph=True: the backward of a forward that torch.compile traced has no second derivative; "
+            "allowed is the model without torch.compile"
         )
     return dy
 

@@ -1,6 +1,7 @@
 """What two processes compute together with synchronised BNs, beside one process on the joined batch.
 
-A process of the fixture ``two_ranks`` (tests/conftest.py) runs every scenario, those of tests/workflows_ranks.py too, and writes what was wrong with each: comparisons note
+A process of the fixture ``two_ranks`` (tests/conftest.py) runs every scenario that is asked for, of this file and of
+tests/workflows_ranks.py, and writes what was wrong with each: comparisons note
 and do not raise, so that both ranks go on to the next. Each rank also computes the joined batch by itself, with plain
 ``nn.BatchNorm2d`` modules run one by one.
 """

@@ -9,6 +9,7 @@ counting the fused calls. ``python tests/workflows.py`` writes the page.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,13 +46,18 @@ class Subject:
     fuse: Callable[[nn.Module], Any]
 
     def pair(self, training: bool = True, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
-        """The plain network, and a fused one with the same weights."""
-        plain = self.build().to(dtype).train(training)
-        return plain, self.fuse(copy.deepcopy(plain))
+        """The plain network, and a fused one with the same weights: copies of two that are made once."""
+        return tuple(m.to(dtype).train(training) for m in copy.deepcopy(_pair(self)))  # type: ignore[return-value]
 
     def image(self, count: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
         """[count, 3, H, W]."""
         return torch.randn(count, *self.shape[1:], dtype=dtype)
+
+
+@functools.cache
+def _pair(subject: Subject) -> tuple[nn.Module, nn.Module]:
+    plain = subject.build()
+    return plain, subject.fuse(copy.deepcopy(plain))
 
 
 def _own() -> nn.Module:
@@ -218,20 +224,27 @@ def page() -> str:
     lines = [
         "# Workflows",
         "",
-        "Written by `python tests/workflows.py` from the table that the tests run; a test compares the two. Every cell is",
-        "a test that compares the fused network with the plain one and counts the fused calls:",
-        "`tests/test_workflows.py::test_workflow[ROW-COLUMN]`, or the test that is named below its table.",
+        "Written by `python tests/workflows.py` from the table that the tests run; a test compares the two.",
+        "Every cell is a test that compares the fused network with the plain one and counts the fused calls:",
+        "`tests/test_workflows.py::test_workflow[ROW-COLUMN]` (of two processes: `test_workflow_of_ranks`), or the one",
+        "that is named below its table.",
         "",
-        '"holds": same numbers, fused. "holds, not fused": same numbers, by PyTorch\'s own operations. "not": a clear error,',
-        "or as little as plain PyTorch. \"not run here\": no device, or no test. All on a CPU, two processes with gloo; nothing",
-        "has run on a GPU. The four networks of others are the small re-definitions of `tests/definitions*.py`, by `fuse`.",
+        "- holds: the same numbers, fused;",
+        "- holds, not fused: the same numbers, by PyTorch's own operations;",
+        "- not: an error that says so, or what plain PyTorch does not do either;",
+        "- not run here: no device, or no test.",
+        "",
+        "All on a CPU, two processes with gloo; nothing has run on a GPU. The networks of others are the small",
+        "re-definitions in `tests/definitions*.py`, converted by `fuse`; the last column is a network of this package.",
         "",
     ]
     names = list(SUBJECTS)
     for group in GROUPS:
         rows = [row for row in WORKFLOWS.values() if row.group == group]
         lines += [f"## {group}", ""]
-        lines.append("| workflow | row | " + " | ".join(f"{s.title}: `{s.name}`" for s in SUBJECTS.values()) + " |")
+        lines.append(
+            "| workflow | row | " + " | ".join(f"{s.title}: `{s.name}`" for s in SUBJECTS.values()) + " |"
+        )
         lines.append("|---|---|" + "---|" * len(names))
         notes: list[str] = []
         for row in rows:

@@ -20,41 +20,40 @@ OWN = "test_models.py::test_torch_compile_fullgraph"
 SIZES = "test_convert_backend.py::test_batch_sizes_and_modes_do_not_recompile[fuse]"
 
 
-def compiled(s: Subject, modes: tuple[bool, ...]) -> None:
-    """One graph a mode, whatever the batch; outputs and gradients of the plain network."""
+def compiled(s: Subject, training: bool) -> None:
+    """One graph, whatever the batch; outputs and gradients of the plain network."""
     torch._dynamo.reset()
-    plain, model = s.pair()
+    plain, model = s.pair(training)
     counter = CompileCounterWithBackend("eager")
     function = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    for training in modes:
-        plain.train(training), model.train(training)
-        for batch in (2, 3, 5):
-            x = s.image(batch)
-            leaves = [x.clone().requires_grad_() for _ in range(2)]
-            outputs = [f(leaf) for f, leaf in zip((plain, function), leaves, strict=True)]
-            for y in outputs:
-                y.square().sum().backward()
-            assert_close("output", outputs[1], outputs[0])
-            assert_close("dx", leaves[1].grad, leaves[0].grad)
+    for batch in (2, 3, 5):
+        x = s.image(batch)
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [f(leaf) for f, leaf in zip((plain, function), leaves, strict=True)]
+        for y in outputs:
+            y.square().sum().backward()
+        assert_close("output", outputs[1], outputs[0])
+        assert_close("dx", leaves[1].grad, leaves[0].grad)
     for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
         assert_close(name, a, b)
     for (name, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
         assert_close(name, q.grad, p.grad)
-    assert counter.frame_count == len(modes), "recompiled"
+    assert counter.frame_count == 1, "recompiled"
 
 
 @workflow(
     "compile",
-    "torch.compile(fuse(model), fullgraph=True), training and evaluation",
+    "torch.compile(fuse(model), fullgraph=True), training",
     GROUP,
     but={
         "kuangliu_18": elsewhere(f"{BACKEND}[kuangliu_18-fuse-train]"),
         "densenet_cifar": elsewhere(f"{BACKEND}[densenet_cifar-fuse-train]"),
         "own": elsewhere(OWN),
+        "timm_resnetv2_50": untried("no test by this door"),
     },
 )
 def compile_fused(s: Subject) -> None:
-    compiled(s, (True, False) if s.name == "wide_resnet" else (True,))
+    compiled(s, True)
 
 
 def _same_as(row: str, subject: str) -> Claim:
@@ -67,13 +66,13 @@ def _same_as(row: str, subject: str) -> Claim:
     GROUP,
     but={
         "kuangliu_18": elsewhere(SIZES),
-        "timm_resnetv2_50": _same_as("compile", "timm_resnetv2_50"),
+        "timm_resnetv2_50": untried("no test by this door"),
         "wide_resnet": _same_as("compile", "wide_resnet"),
         "own": elsewhere(OWN),
     },
 )
 def compile_sizes(s: Subject) -> None:
-    compiled(s, (False,))
+    compiled(s, False)
 
 
 @workflow(
@@ -81,15 +80,20 @@ def compile_sizes(s: Subject) -> None:
     'torch.compile(model, backend="fused_preact")',
     GROUP,
     but={
-        **{n: elsewhere(f"{BACKEND}[{n}-backend-train]") for n in ("timm_resnetv2_50", "kuangliu_18", "densenet_cifar")},
-        "wide_resnet": elsewhere(f"{BACKEND}[functional_wide_resnet-backend-train]", remark="the functional WideResNet"),
+        **{
+            n: elsewhere(f"{BACKEND}[{n}-backend-train]")
+            for n in ("timm_resnetv2_50", "kuangliu_18", "densenet_cifar")
+        },
+        "wide_resnet": elsewhere(
+            f"{BACKEND}[functional_wide_resnet-backend-train]", remark="the functional WideResNet"
+        ),
     },
 )
 def compile_backend(s: Subject) -> None:
     """Of a network of ours: it is fused by itself, and the backend leaves it so."""
     torch._dynamo.reset()
     plain, model = s.pair()
-    options = {"then": "aot_eager"}
+    options = {"then": "eager"}
     function = torch.compile(model, backend="fused_preact", fullgraph=True, options=options)
     x = s.image()
     y, expected = function(x), plain(x)
@@ -123,20 +127,18 @@ OTHERS = untried("no test; nothing in it depends on the network")
     "a gradient penalty under torch.compile",
     GROUP,
     outcome=NOT,
-    remark="an error, from PyTorch with AOTAutograd (Inductor), which has no double backward, and from us where Dynamo "
-    'alone traced (backend="eager")',
+    remark='an error: from us where Dynamo alone traced (backend="eager"); with AOTAutograd (Inductor) from PyTorch, '
+    "which has no double backward there",
     but=dict.fromkeys(("timm_resnetv2_50", "kuangliu_18", "wide_resnet", "densenet_cifar"), OTHERS),
 )
 def compile_double_backward(s: Subject) -> None:
-    for backend, said in (("eager", "create_graph=True: the backward"), ("aot_eager", "double backward")):
-        torch._dynamo.reset()
-        model = s.pair()[1]
-        function = torch.compile(model, backend=backend)
-        x = s.image().requires_grad_()
-        with pytest.raises(RuntimeError, match=said):
-            (dx,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
-            dx.square().sum().backward()
-        function(x).sum().backward()  # the first derivative is there
+    torch._dynamo.reset()
+    function = torch.compile(s.pair()[1], backend="eager")
+    x = s.image().requires_grad_()
+    with pytest.raises(RuntimeError, match="create_graph=True: the backward of a forward"):
+        torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(function(x).square().sum(), x)  # the first derivative is there
+    assert dx.shape == x.shape
 
 
 @workflow("export", "torch.export, any batch size, saved and loaded", GROUP)
@@ -181,8 +183,8 @@ def unfused(s: Subject, model: Any) -> Any:
     "ONNX: torch.export of `unfuse(model)` holds PyTorch's operations only",
     GROUP,
     outcome=NOT_FUSED,
-    remark="what `torch.onnx.export(dynamo=True)` starts from; the package onnx is not installed where the tests run. A "
-    "network of ours is exported with `fused=False`",
+    remark="what `torch.onnx.export(dynamo=True)` starts from; the package onnx is not installed where the tests run. "
+    "A network of ours is exported with `fused=False`",
 )
 def onnx(s: Subject) -> None:
     plain, model = s.pair(training=False)

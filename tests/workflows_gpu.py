@@ -48,7 +48,9 @@ def cuda_graph(s: Subject) -> None:
     same(model, expected)
 
 
-@workflow("graphed-callables", "torch.cuda.make_graphed_callables", GROUP, outcome=NOT_HERE, gpu=True, remark=REMARK)
+@workflow(
+    "graphed-callables", "torch.cuda.make_graphed_callables", GROUP, outcome=NOT_HERE, gpu=True, remark=REMARK
+)
 def graphed_callables(s: Subject) -> None:
     model, expected, x = on_device(s)
     state = copy.deepcopy(expected.state_dict())

@@ -35,8 +35,9 @@ def parallel(s: Subject, accumulate: bool = False, **options: bool) -> None:
     (plain, _), (model, _) = pairs
     for (name, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
         close(name, q.grad, p.grad)
-        for other in sync_ranks.joined(q.grad):
-            note(torch.equal(other, q.grad), f"{name}: the ranks differ")
+    first = next(model.parameters()).grad
+    for other in sync_ranks.joined(first):
+        note(torch.equal(other, first), "the ranks differ")
     for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
         close(name, a, b)
 
@@ -99,8 +100,12 @@ def ddp_synchronised(s: Subject) -> None:
     but={
         **DROPPED,
         "own": elsewhere("test_sync_batch_norm.py::test_two_ranks[compiled]"),
-        "wide_resnet": elsewhere("-", "not run here", "no test: Dynamo takes seconds, and nothing in it depends on the network"),
-        "densenet_cifar": elsewhere("-", "not run here", "no test: Dynamo takes seconds, and nothing in it depends on the network"),
+        "wide_resnet": elsewhere(
+            "-", "not run here", "no test: Dynamo takes seconds, and nothing in it depends on the network"
+        ),
+        "densenet_cifar": elsewhere(
+            "-", "not run here", "no test: Dynamo takes seconds, and nothing in it depends on the network"
+        ),
     },
 )
 def compiled_synchronised(s: Subject) -> None:
@@ -117,8 +122,8 @@ def compiled_synchronised(s: Subject) -> None:
     GROUP,
     ranks=True,
     outcome=NOT,
-    remark="Dynamo traces into PyTorch's module before any backend is asked, and that refuses CPU tensors; on a GPU its "
-    "norm is a Function of its own, and no site. `torch.compile(fuse(model))` runs fused",
+    remark="Dynamo traces into PyTorch's module before any backend is asked, and that refuses CPU tensors; on a GPU "
+    "its norm is a Function of its own, and no site. `torch.compile(fuse(model))` runs fused",
     but={
         **dict.fromkeys(
             ("timm_resnetv2_50", "wide_resnet", "densenet_cifar"),
@@ -161,7 +166,9 @@ def sharded(s: Subject) -> None:
     plain, model = pair
     for (name, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
         close(name, whole(q), whole(p))
-        close(f"d{name}", None if q.grad is None else whole(q.grad), None if p.grad is None else whole(p.grad))
+        close(
+            f"d{name}", None if q.grad is None else whole(q.grad), None if p.grad is None else whole(p.grad)
+        )
     for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
         close(name, a, b)
 

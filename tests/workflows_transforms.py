@@ -35,7 +35,8 @@ def functional_call(s: Subject) -> None:
         state = {n: p.requires_grad_() for n, p in state.items()}
         value = loss(state)
         grads = torch.autograd.grad(value, list(state.values()))
-        found.append({"loss": value, **dict(zip(state, grads, strict=True)), **{f"b {n}": b for n, b in buffers.items()}})
+        grads_by_name = dict(zip(state, grads, strict=True))
+        found.append({"loss": value, **grads_by_name, **{f"buffer {n}": b for n, b in buffers.items()}})
         for name, b in m.named_buffers():
             assert torch.equal(b, before[name]), f"{name}: the model's own was written to"
     for name, tensor in found[0].items():
@@ -119,16 +120,18 @@ def jit_trace(s: Subject) -> None:
     plain, model = s.pair(training=False)
     x = s.image()
     traced = torch.jit.trace(model, x, check_trace=False)
-    kinds = [{n.kind() for n in torch.jit.trace(m, x, check_trace=False).inlined_graph.nodes()} for m in (plain, model)]
+    graphs = [t.inlined_graph for t in (torch.jit.trace(plain, x, check_trace=False), traced)]
+    kinds = [{n.kind() for n in graph.nodes()} for graph in graphs]
     assert kinds[0] == kinds[1]
     assert_close("output", traced(x), plain(x))
 
 
 @workflow("fx", "torch.fx.symbolic_trace", GROUP, outcome=NOT_FUSED)
 def symbolic_trace(s: Subject) -> None:
-    plain, model = s.pair(training=False)
     x = s.image()
-    traced = fx.symbolic_trace(model)
-    operations = [[(n.op, str(n.target)) for n in graph.nodes] for graph in (traced.graph, fx.symbolic_trace(plain).graph)]
-    assert operations[0] == operations[1]
-    assert_close("output", traced(x), plain(x))
+    for training in (True, False):
+        plain, model = s.pair(training)
+        traced = [fx.symbolic_trace(m) for m in (plain, model)]
+        operations = [[(n.op, str(n.target)) for n in t.graph.nodes] for t in traced]
+        assert operations[0] == operations[1]
+    assert_close("output", traced[1](x), plain(x))
