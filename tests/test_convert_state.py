@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import random
@@ -31,10 +32,10 @@ from convert_helpers import (
     state_of,
     step,
 )
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_preact import fuse, unfuse
+from fused_preact import backend, explain, functional, fuse, models, unfuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,6 +97,46 @@ def test_unfuse_leaves_a_forward_that_somebody_put_there() -> None:
     unfuse(model)
     assert model.layer[0].__dict__["forward"] is mine
     assert "forward" not in model.layer[1].__dict__
+
+
+def test_it_looks_like_the_forward_that_was_written() -> None:
+    """torch.export reads the code of a forward, others the names of its arguments."""
+    plain, model = pair(net())
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+    assert model.forward.__name__ == "forward"
+    assert model.forward.__code__ is Net.forward.__code__
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("nested", [False, True], ids=["itself", "inside"])
+def test_a_network_of_ours_is_left_alone(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is fused by itself, statistics handed on to the head; what is not ours in it is fused."""
+    own: Any = models.cifar_preact_resnet20().double()
+    model: Any = nn.Sequential(own) if nested else own
+    computed: list[int] = []
+    stats = functional.ops.reference.bn_stats
+    monkeypatch.setattr(functional.ops.reference, "bn_stats", lambda x: computed.append(1) or stats(x))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with backend("reference"):
+        expected = model(x)
+        once = len(computed)
+        before = state_of(model)
+        assert fuse(model) is model
+        assert state_of(model).keys() == before.keys()
+        assert not [n for n, m in model.named_modules() if "forward" in m.__dict__]
+        assert torch.equal(model(x), expected)
+        assert len(computed) == 2 * once, "the head has its statistics computed again"
+    assert {row.path for row in explain(model).rows} == {"own unit", "own head"}
+    assert explain(model).fused
+    own.stages[0][1] = awkward(Block(16, 16))
+    left = [row.path for row in explain(model).rows if not row.fused]
+    assert left == ["unit", "unit"]
+    plain = copy.deepcopy(model)
+    fuse(model)
+    where = "0.stages.0.1" if nested else "stages.0.1"
+    assert [n for n, m in model.named_modules() if "forward" in m.__dict__] == [where]
+    assert explain(model).fused
+    assert_same_step(plain, model, x)
 
 
 # --- copies ----------------------------------------------------------------------------------------------

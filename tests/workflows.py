@@ -226,8 +226,8 @@ def page() -> str:
         "",
         "Written by `python tests/workflows.py` from the table that the tests run; a test compares the two.",
         "Every cell is a test that compares the fused network with the plain one and counts the fused calls:",
-        "`tests/test_workflows.py::test_workflow[ROW-COLUMN]` (of two processes: `test_workflow_of_ranks`), or the one",
-        "that is named below its table.",
+        "`tests/test_workflows.py::test_workflow[ROW-COLUMN]` (or `test_workflow_of_ranks`),",
+        "or the one that is named below its table.",
         "",
         "- holds: the same numbers, fused;",
         "- holds, not fused: the same numbers, by PyTorch's own operations;",
@@ -235,7 +235,7 @@ def page() -> str:
         "- not run here: no device, or no test.",
         "",
         "All on a CPU, two processes with gloo; nothing has run on a GPU. The networks of others are the small",
-        "re-definitions in `tests/definitions*.py`, converted by `fuse`; the last column is a network of this package.",
+        "re-definitions in `tests/definitions*.py`, converted by `fuse`; the last column is a network of ours.",
         "",
     ]
     names = list(SUBJECTS)

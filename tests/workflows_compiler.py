@@ -183,7 +183,7 @@ def unfused(s: Subject, model: Any) -> Any:
     "ONNX: torch.export of `unfuse(model)` holds PyTorch's operations only",
     GROUP,
     outcome=NOT_FUSED,
-    remark="what `torch.onnx.export(dynamo=True)` starts from; the package onnx is not installed where the tests run. "
+    remark="what `torch.onnx.export(dynamo=True)` starts from; the package onnx is not installed where tests run. "
     "A network of ours is exported with `fused=False`",
 )
 def onnx(s: Subject) -> None:
