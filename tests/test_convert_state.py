@@ -139,6 +139,26 @@ def test_a_network_of_ours_is_left_alone(nested: bool, monkeypatch: pytest.Monke
     assert_same_step(plain, model, x)
 
 
+WRAPPED = {
+    "DataParallel": nn.DataParallel,
+    "torch.compile": lambda m: torch.compile(m, backend="eager"),
+    "symbolic_trace": fx.symbolic_trace,
+}
+
+
+@pytest.mark.parametrize("way", WRAPPED)
+def test_wrapped_models(way: str) -> None:
+    """What is inside is fused; a module whose code FX wrote is one as others are."""
+    plain = net()
+    model: Any = fuse(WRAPPED[way](copy.deepcopy(plain)))
+    assert explain(model).fused
+    if way != "torch.compile":
+        x = torch.ones(2, 3, 6, 6, dtype=torch.float64)
+        assert counts(getattr(model, "module", model), x) == ALL
+        plain(x)
+        assert_close("output", model(x), plain(x))
+
+
 # --- copies ----------------------------------------------------------------------------------------------
 
 

@@ -21,8 +21,9 @@ __all__ = ["Analysis", "Part", "analyse", "is_network", "modes", "put", "runs_fu
 
 def is_network(module: Any) -> bool:
     """Whether it is a network of fused_preact.models, which makes its head itself."""
+    written = getattr(type(module).forward, "__module__", None) or ""  # (None: made by exec, as FX does)
     return (
-        getattr(type(module).forward, "__module__", "").startswith("fused_preact.models.")
+        written.startswith("fused_preact.models.")
         and isinstance(getattr(module, "stages", None), PreActSequential)
         and isinstance(getattr(module, "bn", None), nn.Module)
     )
@@ -129,10 +130,10 @@ def analyse(model: nn.Module) -> Analysis:
         seen.add(id(module))
         if not any(isinstance(m, nn.Conv2d) for m in module.modules()) and not _has_weights(module):
             continue
-        if _is_leaf(module):
+        if _is_leaf(module) and not _is_container(module):
             continue
         blocks = [(_join(path, name), child) for name, child in module.named_children()]
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) or runs_fused(module):
+        if _is_container(module) or runs_fused(module):
             waiting = blocks + waiting
             continue
         try:
@@ -159,6 +160,12 @@ def analyse(model: nn.Module) -> Analysis:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether what is to be found is in its children: lists, and the wrappers of ``torch.nn.parallel``."""
+    wraps = type(module).__module__.startswith("torch.nn.parallel.")
+    return wraps or isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def _is_leaf(module: nn.Module) -> bool:
