@@ -103,7 +103,7 @@ def compile_backend(s: Subject) -> None:
         assert_close(name, q.grad, p.grad)
 
 
-SLOW = "minutes of C++ compilation"
+SLOW = "no test: up to a minute of C++ compilation each"
 
 
 @workflow(
