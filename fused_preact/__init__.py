@@ -9,7 +9,7 @@ Importing the package imports torch, no Triton, and touches no device.
 """
 
 from . import _interrupt, flops, functional, models  # noqa: F401 - _interrupt first: the next ones import torch
-from .convert import fuse, unfuse
+from .convert import explain, fuse, unfuse
 from .functional import Statistics
 from .inference import optimize_for_inference, undo_optimize_for_inference
 from .modules import (
@@ -33,6 +33,7 @@ __all__ = [
     "ResidualUnit",
     "Statistics",
     "backend",
+    "explain",
     "functional",
     "fuse",
     "models",

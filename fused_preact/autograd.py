@@ -4,7 +4,8 @@ One Function serves a single site and a whole residual unit (:mod:`fused_preact.
 network's head. Saved are the raw inputs of the sites, per-channel vectors and the parameters.
 
 The closed-form backward is not differentiable itself: with ``create_graph=True`` the gradients are those of the same
-unit composed of PyTorch's operations (:mod:`composite`), made again from what is saved.
+unit composed of PyTorch's operations (:mod:`composite`), made again from what is saved. A backward that Dynamo
+traced refuses that.
 """
 
 from __future__ import annotations
@@ -29,6 +30,26 @@ from .schedule import (
 )
 
 __all__ = ["HeadFunction", "UnitFunction"]
+
+_library = torch.library.Library("fused_preact", "FRAGMENT")
+_library.define("first_order(Tensor(a) dy) -> Tensor(a)")
+
+
+def _first_order(dy: Tensor) -> Tensor:
+    """``dy``; RuntimeError where it has a history: somebody makes a graph of the backward.
+
+    Of a backward that Dynamo traced, which runs without gradients whatever is asked for, and would leave the second
+    derivative out without a word. AOTAutograd makes nothing of it, and refuses by itself.
+    """
+    if dy.requires_grad:
+        raise RuntimeError(
+            "create_graph=True: the backward of a forward that torch.compile traced has no second derivative; "
+            "allowed is the model without torch.compile"
+        )
+    return dy
+
+
+_library.impl("first_order", _first_order, "CompositeImplicitAutograd")
 
 Update = Callable[[Sequence[Tensor]], None] | None
 """Takes the statistics that a forward has made; None where its caller takes them from the results."""
@@ -86,6 +107,8 @@ class UnitFunction(torch.autograd.Function):
             return (None,) * (8 + 6 * count)
         kept = ctx.saved_tensors
         asked = ctx.needs_input_grad[4:]
+        if torch.compiler.is_compiling():
+            dy = torch.ops.fused_preact.first_order(dy)
         if torch.is_grad_enabled():  # create_graph=True
             result = _differentiable(unit, ctx.vectors, kept, dy, asked)
         else:
@@ -210,6 +233,8 @@ class HeadFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *unused: None) -> Any:
         x, mean, scale, shift, rstd, total, gamma, beta = ctx.saved_tensors
         asked = ctx.needs_input_grad[5:8]
+        if torch.compiler.is_compiling():
+            dy = torch.ops.fused_preact.first_order(dy)
         if torch.is_grad_enabled():  # create_graph=True
             running = (None, None) if ctx.batch_stats else (mean, rstd.pow(-2) - ctx.eps)
             bn = BatchNorm(

@@ -10,7 +10,9 @@ PyTorch's own functions are remembered when this module is imported: one that is
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 
 __all__ = [
+    "called",
     "even_padding",
     "has_hooks",
     "is_batch_norm",
@@ -33,6 +36,16 @@ __all__ = [
 
 _CALL = nn.Module.__call__
 _CALL_IMPL = nn.Module._call_impl
+# From where forwards are called: with hooks by a function inside.
+_CALLS = {
+    code
+    for code in (
+        _CALL_IMPL.__code__,
+        *_CALL_IMPL.__code__.co_consts,
+        nn.Module._slow_forward.__code__,
+    )
+    if isinstance(code, CodeType)
+}
 _BATCH_NORM = nn.BatchNorm2d.forward
 _CHECK = nn.BatchNorm2d._check_input_dim
 _SYNC_BATCH_NORM = nn.SyncBatchNorm.forward
@@ -98,6 +111,16 @@ def _of_fx(call: Callable[..., Any]) -> bool:
     """
     scope: dict[str, Any] = getattr(call, "__globals__", {})
     return scope.get("__name__") == "torch.fx._symbolic_trace"
+
+
+def called(owner: nn.Module) -> nn.Module:
+    """The module whose call runs the function that asks, which hangs on ``owner`` as its ``forward``.
+
+    Another one where ``__dict__`` was copied: ``copy.copy``, the replicas of ``nn.DataParallel``. What hangs on an
+    instance is not bound to it, so the frame of ``nn.Module.__call__`` is what knows; ``owner`` where another calls.
+    """
+    frame = sys._getframe(2)
+    return frame.f_locals.get("self", owner) if frame.f_code in _CALLS else owner
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -354,6 +354,10 @@ class PreActBottleneck(_PreActUnit):
 class PreActSequential(nn.Sequential):
     """Units in a row, each handing the statistics of its output to the next.
 
+    By arguments and results, where converted models attach them to the tensor (:mod:`.convert.runtime`): a block of
+    somebody else's returns its tensor and nothing more, and ``torch.compile``, which cannot trace the comparison of
+    a tensor's version, follows ours.
+
     A module whose call is not just the forward of our units or of this class (a subclass with its own, hooks)
     takes and returns the tensor alone; whoever reads its output next computes the statistics again.
     """

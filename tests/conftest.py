@@ -7,9 +7,13 @@ tensors. One process cannot do both: Triton decides at import.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pkgutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,3 +145,46 @@ def data() -> Any:
     from fused_preact.train.data import load
 
     return load("digits", limit_train=100, limit_test=50)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], None]:
+    """Fails where a scenario of tests/sync_ranks.py went wrong; two processes run all that the session asks for.
+
+    The id of a test that asks for this fixture is the name of its scenario. Such tests are one ``xdist_group``.
+    """
+    from fused_preact import ops
+
+    folder = tmp_path_factory.mktemp("ranks")
+    wanted = [item.callspec.id for item in request.session.items if "two_ranks" in item.fixturenames]  # type: ignore[attr-defined]
+    if ops._cpu_missing is not None:
+        wanted = [name for name in wanted if not name.startswith("compiled-kernels")]
+    code = "import sys; sys.path[:0] = ['', 'tests']; import sync_ranks, workflows; workflows.load(); sync_ranks.main"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{code}({rank}, {str(folder)!r}, {wanted!r})"],
+            cwd=Path(__file__).resolve().parents[1],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    paths = [folder / f"{rank}.json" for rank in range(2)]
+    results = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+
+    def check(name: str) -> None:
+        for rank, (wrong, output) in enumerate(zip(results, said, strict=True)):
+            assert name in wrong, f"rank {rank} did not come so far:\n{output[-2000:]}"
+            assert not wrong[name], f"rank {rank}: " + "\n".join(wrong[name])
+
+    return check

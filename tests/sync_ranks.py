@@ -1,6 +1,7 @@
 """What two processes compute together with synchronised BNs, beside one process on the joined batch.
 
-A process of tests/test_sync_batch_norm.py runs every scenario and writes what was wrong with each: comparisons note
+A process of the fixture ``two_ranks`` (tests/conftest.py) runs every scenario that is asked for, of this file and of
+tests/workflows_ranks.py, and writes what was wrong with each: comparisons note
 and do not raise, so that both ranks go on to the next. Each rank also computes the joined batch by itself, with plain
 ``nn.BatchNorm2d`` modules run one by one.
 """
@@ -549,6 +550,10 @@ class Broadcasting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(torch.relu(self.bn(x)))
+
+
+NAMES = list(SCENARIOS)
+"""Those of this file."""
 
 
 def main(rank: int, folder: str, names: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import random
@@ -31,12 +32,10 @@ from convert_helpers import (
     state_of,
     step,
 )
-from helpers import COMPILED, assert_within_policy
 from torch import Tensor, fx, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from fused_preact import fuse, ops, unfuse
+from fused_preact import backend, explain, functional, fuse, models, unfuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,6 +99,66 @@ def test_unfuse_leaves_a_forward_that_somebody_put_there() -> None:
     assert "forward" not in model.layer[1].__dict__
 
 
+def test_it_looks_like_the_forward_that_was_written() -> None:
+    """torch.export reads the code of a forward, others the names of its arguments."""
+    plain, model = pair(net())
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+    assert model.forward.__name__ == "forward"
+    assert model.forward.__code__ is Net.forward.__code__
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("nested", [False, True], ids=["itself", "inside"])
+def test_a_network_of_ours_is_left_alone(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is fused by itself, statistics handed on to the head; what is not ours in it is fused."""
+    own: Any = models.cifar_preact_resnet20().double()
+    model: Any = nn.Sequential(own) if nested else own
+    computed: list[int] = []
+    stats = functional.ops.reference.bn_stats
+    monkeypatch.setattr(functional.ops.reference, "bn_stats", lambda x: computed.append(1) or stats(x))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with backend("reference"):
+        expected = model(x)
+        once = len(computed)
+        before = state_of(model)
+        assert fuse(model) is model
+        assert state_of(model).keys() == before.keys()
+        assert not [n for n, m in model.named_modules() if "forward" in m.__dict__]
+        assert torch.equal(model(x), expected)
+        assert len(computed) == 2 * once, "the head has its statistics computed again"
+    assert {row.path for row in explain(model).rows} == {"own unit", "own head"}
+    assert explain(model).fused
+    own.stages[0][1] = awkward(Block(16, 16))
+    left = [row.path for row in explain(model).rows if not row.fused]
+    assert left == ["unit", "unit"]
+    plain = copy.deepcopy(model)
+    fuse(model)
+    where = "0.stages.0.1" if nested else "stages.0.1"
+    assert [n for n, m in model.named_modules() if "forward" in m.__dict__] == [where]
+    assert explain(model).fused
+    assert_same_step(plain, model, x)
+
+
+WRAPPED = {
+    "DataParallel": nn.DataParallel,
+    "torch.compile": lambda m: torch.compile(m, backend="eager"),
+    "symbolic_trace": fx.symbolic_trace,
+}
+
+
+@pytest.mark.parametrize("way", WRAPPED)
+def test_wrapped_models(way: str) -> None:
+    """What is inside is fused; a module whose code FX wrote is one as others are."""
+    plain = net()
+    model: Any = fuse(WRAPPED[way](copy.deepcopy(plain)))
+    assert explain(model).fused
+    if way != "torch.compile":
+        x = torch.ones(2, 3, 6, 6, dtype=torch.float64)
+        assert counts(getattr(model, "module", model), x) == ALL
+        plain(x)
+        assert_close("output", model(x), plain(x))
+
+
 # --- copies ----------------------------------------------------------------------------------------------
 
 
@@ -151,15 +210,6 @@ def test_load_state_dict(assign: bool) -> None:
     state = {k: v * 0.7 if v.is_floating_point() else v + 4 for k, v in plain.state_dict().items()}
     for m in (plain, model):
         m.load_state_dict(copy.deepcopy(state), assign=assign)
-    assert_same(plain, model)
-
-
-def test_meta_device() -> None:
-    plain = net()
-    with torch.device("meta"):
-        model = Net().double()
-    fuse(model)
-    model.load_state_dict(copy.deepcopy(plain.state_dict()), assign=True)
     assert_same(plain, model)
 
 
@@ -240,16 +290,6 @@ def test_optimiser_and_decay_by_type() -> None:
         assert_close(name, q, p)
 
 
-def test_gradients_accumulate() -> None:
-    plain, model = pair(net())
-    x = image(), image()
-    for m in (plain, model):
-        for one in x:
-            m(one).square().sum().backward()
-    for (name, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
-        assert_close(name, q.grad, p.grad)
-
-
 @pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
 )
@@ -288,81 +328,7 @@ def test_without_gradients(context: Any, training: bool) -> None:
     assert_same(plain, model) if not training else None
 
 
-@COMPILED
-@pytest.mark.parametrize("way", ["autocast", "pure"])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_bfloat16(way: str, training: bool) -> None:
-    exact = net().train(training)
-    plain, model = pair(copy.deepcopy(exact).float())
-    x = image(torch.float32, 4, 8)
-    if way == "pure":
-        plain, model, x = plain.bfloat16(), model.bfloat16(), x.bfloat16()
-        exact.load_state_dict(plain.state_dict())
-    assert ops.serving_backend(x) == "cpu"
-    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
-        expected, actual = plain(x), model(x)
-    assert actual.dtype == expected.dtype
-    assert_within_policy("output", actual, expected, exact(x.double()), compiled=True)
-    actual.float().square().sum().backward()
-    assert all(p.grad.dtype == p.dtype for p in model.parameters())
-
-
-@pytest.mark.parametrize("mode", ["anomaly", "deterministic"])
-def test_modes_of_pytorch(mode: str) -> None:
-    plain, model = pair(net())
-    if mode == "anomaly":
-        with torch.autograd.detect_anomaly(check_nan=True):
-            assert_same(plain, model)
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert_same(plain, model)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 # --- transforms and tracers ------------------------------------------------------------------------------
-
-
-def test_functional_call_and_grad() -> None:
-    plain, model = pair(net().eval())  # PyTorch's own norm would write to the captured counter
-    x = image()
-
-    def loss(m: nn.Module) -> Callable[..., Tensor]:
-        return lambda params, buffers: torch.func.functional_call(m, (params, buffers), (x,)).square().sum()
-
-    results = []
-    for m in (plain, model):
-        params = {n: p.detach() * 0.9 for n, p in m.named_parameters()}
-        buffers = {n: b.clone() for n, b in m.named_buffers()}
-        grads = torch.func.grad(loss(m))(params, buffers)
-        results.append({**grads, **buffers, "loss": loss(m)(params, buffers)})
-    for name, tensor in results[0].items():
-        assert_close(name, results[1][name], tensor)
-
-
-def test_vmap_in_eval() -> None:
-    plain, model = pair(net().eval())
-    x = torch.randn(3, 2, 3, 6, 6, dtype=torch.float64)
-    assert_close("output", torch.vmap(model)(x), torch.vmap(plain)(x))
-
-
-def test_forward_mode() -> None:
-    plain, model = pair(net().eval())
-    x, t = image(), image()
-    results = [torch.func.jvp(m, (x,), (t,)) for m in (plain, model)]
-    for name, actual, expected in zip(("output", "tangent"), results[1], results[0], strict=True):
-        assert_close(name, actual, expected)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
-def test_jit_trace() -> None:
-    plain, model = pair(net().eval())
-    x = image()
-    traced = torch.jit.trace(model, x)
-    kinds = [{n.kind() for n in torch.jit.trace(m, x).inlined_graph.nodes()} for m in (plain, model)]
-    assert kinds[0] == kinds[1]
-    assert_close("output", traced(x), plain(x))
 
 
 def test_fx_symbolic_trace() -> None:
@@ -486,18 +452,6 @@ def test_another_thread_runs_a_model_while_one_is_traced() -> None:
     for result in results:
         assert isinstance(result, Tensor), result
         assert_close("output", result, expected)
-
-
-def test_averaged_model() -> None:
-    plain, model = pair(net())
-    averages = [AveragedModel(m, use_buffers=True) for m in (plain, model)]
-    for seed in range(2):
-        for m, average in zip((plain, model), averages, strict=True):
-            step(m, (torch.ones(2, 3, 6, 6, dtype=torch.float64) * seed,), lr=0.1)
-            average.update_parameters(m)
-    x = image()
-    assert_close("output", averages[1].eval()(x), averages[0].eval()(x))
-    assert counts(averages[1].module, x) == ALL
 
 
 def test_outputs_can_be_saved_and_loaded() -> None:

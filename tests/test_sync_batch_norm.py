@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,7 +25,6 @@ pytestmark = [
     pytest.mark.xdist_group("sync_batch_norm"),
     pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed"),
 ]
-ROOT = Path(__file__).resolve().parents[1]
 SCENARIOS = [
     pytest.param(
         name,
@@ -37,52 +32,13 @@ SCENARIOS = [
         if name.startswith("compiled-kernels")
         else [],
     )
-    for name in sync_ranks.SCENARIOS
+    for name in sync_ranks.NAMES
 ]
 
 
-@pytest.fixture(scope="module")
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What was wrong with the scenarios that are asked for, by rank: two processes run them all."""
-    folder = tmp_path_factory.mktemp("ranks")
-    wanted = [
-        item.callspec.params["name"]
-        for item in request.session.items
-        if getattr(item, "originalname", "") == "test_two_ranks"
-    ]
-    if fused_preact.ops._cpu_missing is not None:
-        wanted = [name for name in wanted if not name.startswith("compiled-kernels")]
-    code = "import sys; sys.path[:0] = ['', 'tests']; import sync_ranks; sync_ranks.main"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"{code}({rank}, {str(folder)!r}, {wanted!r})"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    wrong = []
-    for rank in range(2):
-        path = folder / f"{rank}.json"
-        wrong.append(json.loads(path.read_text()) if path.exists() else {})
-    return wrong, said
-
-
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_two_ranks(name: str, found: Any) -> None:
-    results, said = found
-    for rank, (wrong, output) in enumerate(zip(results, said, strict=True)):
-        assert name in wrong, f"rank {rank} did not come so far:\n{output[-2000:]}"
-        assert not wrong[name], f"rank {rank}: " + "\n".join(wrong[name])
+def test_two_ranks(name: str, two_ranks: Callable[[str], None]) -> None:
+    two_ranks(name)
 
 
 # --- one process: there a SyncBatchNorm is a BatchNorm2d ------------------------------------------------------

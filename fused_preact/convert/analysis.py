@@ -5,16 +5,33 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.fx import Node
 
 from ..calls import has_hooks
+from ..modules import PreActSequential
 from .match import Chain, Found, Head, match
 from .roles import Same
 from .tracing import Traced, Untraceable, trace
 
-__all__ = ["Analysis", "Part", "analyse", "modes"]
+__all__ = ["Analysis", "Part", "analyse", "is_network", "modes", "put", "runs_fused"]
+
+
+def is_network(module: Any) -> bool:
+    """Whether it is a network of fused_preact.models, which makes its head itself."""
+    written = getattr(type(module).forward, "__module__", None) or ""  # (None: made by exec, as FX does)
+    return (
+        written.startswith("fused_preact.models.")
+        and isinstance(getattr(module, "stages", None), PreActSequential)
+        and isinstance(getattr(module, "bn", None), nn.Module)
+    )
+
+
+def runs_fused(module: Any) -> bool:
+    """Whether it is a network that runs fused by itself: there is nothing to rewrite but what may hang below it."""
+    return is_network(module) and bool(module.fused) and "forward" not in module.__dict__
 
 
 @dataclass(eq=False)
@@ -113,10 +130,10 @@ def analyse(model: nn.Module) -> Analysis:
         seen.add(id(module))
         if not any(isinstance(m, nn.Conv2d) for m in module.modules()) and not _has_weights(module):
             continue
-        if _is_leaf(module):
+        if _is_leaf(module) and not _is_container(module):
             continue
         blocks = [(_join(path, name), child) for name, child in module.named_children()]
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        if _is_container(module) or runs_fused(module):
             waiting = blocks + waiting
             continue
         try:
@@ -127,6 +144,9 @@ def analyse(model: nn.Module) -> Analysis:
             continue
         part = Part(path, traced, match(traced.graph, traced.module))
         analysis.parts.append(part)
+        for node in traced.graph.nodes:
+            if node.op == "call_module" and runs_fused(network := traced.module(str(node.target))):
+                waiting.append((_join(path, str(node.target)), network))
         for inner, reason in traced.opaque.items():
             child = module.get_submodule(inner)
             if has_hooks(child):
@@ -140,6 +160,12 @@ def analyse(model: nn.Module) -> Analysis:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether what is to be found is in its children: lists, and the wrappers of ``torch.nn.parallel``."""
+    wraps = type(module).__module__.startswith("torch.nn.parallel.")
+    return wraps or isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def _is_leaf(module: nn.Module) -> bool:

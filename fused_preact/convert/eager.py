@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..calls import observed
+from ..calls import called, observed
 from ..modules import Folded
 from .analysis import analyse, modes, put
 from .program import Failure, Program, structure_of
@@ -42,6 +44,18 @@ class FusedForward:
         # Programs belong to the modules of this process; a copy traces its own.
         return {**self.__dict__, "programs": {}, "runs": {}}
 
+    # What is asked of a forward (torch.export, whoever wants the names of its arguments) is asked of the one written.
+    __name__ = "forward"
+
+    @property
+    def __code__(self) -> CodeType:
+        code: CodeType = type(self.owner).forward.__code__
+        return code
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.owner).forward.__get__(self.owner))
+
     @property
     def matches(self) -> int:
         """How many fused calls there are in the present state of the module, called with one tensor."""
@@ -60,6 +74,9 @@ class FusedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self._compiled(args, kwargs)
+        module = called(self.owner)
+        if module is not self.owner:
+            return type(module).forward(module, *args, **kwargs)
         if not kwargs and all(isinstance(t, Tensor) for t in args):
             key: Any = len(args)
             tensors: Any = args

@@ -10,23 +10,13 @@ from torch import nn
 from torch.fx import Node
 
 from ..calls import has_hooks, is_batch_norm, is_convolution, runs_convolution
-from ..modules import PreActSequential
 from .analysis import Part
 from .match import Chain, Head
 from .roles import _ADD, Add, Convolve, Normalise, Pad, Pool, Relu, Same
 
-__all__ = ["AS_WRITTEN", "Reader", "is_any_convolution", "is_any_norm", "is_fused", "is_network", "other"]
+__all__ = ["AS_WRITTEN", "Reader", "is_any_convolution", "is_any_norm", "is_fused", "other"]
 
 AS_WRITTEN = "as written"
-
-
-def is_network(module: Any) -> bool:
-    """Whether it is a network of fused_preact.models, which makes its head itself."""
-    return (
-        type(module).__module__.startswith("fused_preact.models.")
-        and isinstance(getattr(module, "stages", None), PreActSequential)
-        and isinstance(getattr(module, "bn", None), nn.Module)
-    )
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -163,8 +153,7 @@ class Reader:
             self._found(kind, f"{self.name(site.norm.node)} -> {self.name(node)}", path, chain)
         elif node in self.heads:
             head = self.heads[node]
-            if not self._is_own_head(node):
-                self._found("head", f"{self.name(head.norm.node)} -> {self.name(node)}", "head", head)
+            self._found("head", f"{self.name(head.norm.node)} -> {self.name(node)}", "head", head)
         elif node in self.sums:
             self.writer.additions += 1
         elif self._is_convolution(node):
@@ -226,8 +215,6 @@ class Reader:
         behind = self._behind(node)
         if behind is None or behind.norm is None or behind.act is None or behind.between:
             return
-        if self._is_own_head(node):
-            return
         role = self.values.roles[node]
         readers = [r for r in self._readers(behind.act) if r is not node]
         if isinstance(role, Pool) and role.window is not None and any(map(self._is_convolution, readers)):
@@ -235,11 +222,6 @@ class Reader:
         reason = behind.reason or self._needed(node, behind) or self.left.get(node) or _UNKNOWN
         site = f"{self.name(behind.norm)} -> {self.name(node)}"
         self.writer._row("head", site, self.where(node), AS_WRITTEN, False, reason, None)
-
-    def _is_own_head(self, node: Node) -> bool:
-        """Whether a network of this package makes it itself, past the graph."""
-        module = self._module(self.where(node))
-        return is_network(module) and module.fused and not is_fused(module)
 
     def _addition(self, node: Node) -> None:
         operands = [self.values.value(node, operand) for operand in node.all_input_nodes]

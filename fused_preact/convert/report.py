@@ -13,8 +13,8 @@ from torch import nn
 from ..calls import has_hooks, observed, runs_batch_norm, runs_convolution
 from ..modules import PreActConv2d, _PreActUnit, is_identity_projection
 from ..units import ResidualUnit
-from .analysis import Analysis, Part, analyse
-from .reasons import AS_WRITTEN, Reader, is_any_convolution, is_any_norm, is_fused, is_network, other
+from .analysis import Analysis, Part, analyse, runs_fused
+from .reasons import AS_WRITTEN, Reader, is_any_convolution, is_any_norm, other
 
 __all__ = ["Explanation", "Row", "explain"]
 
@@ -190,7 +190,7 @@ class _Writer:
                 self._add(path, lambda path=path, module=module: self._own(path, module))  # type: ignore[misc]
             elif isinstance(module, ResidualUnit) and module.fused:
                 self._add(path, lambda path=path, module=module: self._own_parts(path, module))  # type: ignore[misc]
-            elif is_network(module) and module.fused and not is_fused(module):
+            elif runs_fused(module):
                 self.tails[path] = lambda path=path, module=module: self._own_head(path, module)  # type: ignore[misc]
         for path, reason in analysis.opaque.items():
             self._add(path, lambda path=path, reason=reason: self._hidden(path, reason))  # type: ignore[misc]
@@ -219,7 +219,7 @@ class _Writer:
         """The rows of the module at ``path``, and of what is in it."""
         for emit in self.sources.pop(path, []):
             emit()
-        inside = [p for p in self.sources if p.startswith(f"{path}.")] if path else []
+        inside = [p for p in self.sources if not path or p.startswith(f"{path}.")]
         for p in sorted(inside, key=self._place):
             if p in self.sources:
                 self._emit(p)

@@ -1,7 +1,8 @@
 """What a rewritten graph calls: a chain of sites, and the head, over the functions of :mod:`fused_preact.functional`.
 
 Statistics travel as an attribute of the tensor that they describe, with its version: whoever reads another tensor, or
-one that was written to, computes its own.
+one that was written to, computes its own. The modules of :mod:`fused_preact.modules` hand theirs on as arguments
+instead: Dynamo cannot trace a tensor's version, so what is attached is not read under ``torch.compile``.
 """
 
 from __future__ import annotations

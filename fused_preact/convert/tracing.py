@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node, Proxy
 from torch.utils import _pytree as pytree
 
@@ -252,6 +252,11 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread:
             return attr_val  # somebody runs a model while we trace another
+        if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
+            # torch.func.functional_call puts plain tensors in the place of parameters.
+            for name, held in self.root.named_parameters():
+                if held is attr_val:
+                    return self.create_proxy("get_attr", name, (), {})
         # Without the cache: nodes of a submodule that turned out opaque are erased.
         return super().getattr(attr, attr_val, {})
 
