@@ -246,7 +246,7 @@ _SHORTCUTS = {"identity": 1, "padding": 2, "projection": 3}
 
 
 def _pack(units: list[FoldedUnit], dtype: torch.dtype) -> _Packed | None:
-    """The chain as ``kernels/cpu/chain.h`` describes it, for images of ``dtype``; None where it has no words for it."""
+    """The chain as ``kernels/cpu/chain.h`` describes it, for images of ``dtype``; None where it cannot."""
     spec = [units[0].convs[0].weight.shape[1]]
     tensors: list[Tensor] = []
     for unit in units:

@@ -196,8 +196,8 @@ def test_folded_inference() -> None:
 @pytest.mark.parametrize("name", ["kuangliu_18", "spellings", "timm_resnetv2_18d"])
 @pytest.mark.parametrize("before", [True, False], ids=["converted-then-fused", "fused-then-converted"])
 def test_conversion_of_definitions(name: str, before: bool) -> None:
-    """A converted model is what the plain model would be, converted: that of timm's subclasses has lost its ReLUs, and
-    its sites run fused without them.
+    """A converted model is what the plain model would be, converted: timm's subclasses have lost their ReLUs, and
+    their sites run fused without them.
     """
     definition = DEFINITIONS[name]
     plain = nn.SyncBatchNorm.convert_sync_batchnorm(definition.build())
