@@ -10,6 +10,7 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,3 +142,22 @@ def data() -> Any:
     from fused_preact.train.data import load
 
     return load("digits", limit_train=100, limit_test=50)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few hundred photographs, as class folders and as shards."""
+    from image_helpers import write_folders, write_shards
+
+    root = tmp_path_factory.mktemp("images")
+    write_folders(root / "folders")
+    write_shards(root / "shards")
+    return root
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """A small tree of class folders, to be damaged."""
+    from image_helpers import write_folders
+
+    return write_folders(tmp_path / "data", train=8, val=3)
