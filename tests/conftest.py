@@ -188,3 +188,22 @@ def two_ranks(
             assert not wrong[name], f"rank {rank}: " + "\n".join(wrong[name])
 
     return check
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few hundred photographs, as class folders and as shards."""
+    from image_helpers import write_folders, write_shards
+
+    root = tmp_path_factory.mktemp("images")
+    write_folders(root / "folders")
+    write_shards(root / "shards")
+    return root
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """A small tree of class folders, to be damaged."""
+    from image_helpers import write_folders
+
+    return write_folders(tmp_path / "data", train=8, val=3)

@@ -6,10 +6,13 @@ import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+from fused_preact.train.data import load
 
 CLASSES = ("china", "flower", "mirror")  # the third: upside-down flowers
 
@@ -57,3 +60,15 @@ def write_shards(root: Path, train: int = 40, val: int = 10) -> Path:
                     add(tar, f"{key}.json", f'{{"name": "{name}"}}'.encode())
     (root / "classnames.txt").write_text("\n".join(CLASSES))
     return root
+
+
+def data_of(root: Path, **options: Any) -> Any:
+    return load("imagenet", str(root), **options)
+
+
+def damage(root: Path) -> list[Path]:
+    paths = sorted((root / "train" / "flower").iterdir())[2:5]
+    paths[0].write_bytes(paths[0].read_bytes()[:700])
+    paths[1].write_text("<html>not found</html>")
+    paths[2].write_bytes(b"")
+    return paths

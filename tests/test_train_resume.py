@@ -23,6 +23,7 @@ from fused_preact.train.fit import Options, fit
 from fused_preact.train.log import COLUMNS, TIMINGS
 from fused_preact.train.loop import Sums, Trainer
 from fused_preact.train.measure import saved_bytes
+from fused_preact.train.networks import checkpoint_units
 from fused_preact.train.signals import Interrupted, deferred, handled
 from fused_preact.train.world import World
 
@@ -278,6 +279,30 @@ def test_grad_checkpointing_keeps_less_and_changes_nothing(fused: bool, data: Da
     for (name, one), other in zip(ordinary.model.named_buffers(), sparing.model.buffers(), strict=True):
         assert torch.allclose(one.double(), other.double(), rtol=1e-12, atol=1e-14), name
     assert saved_bytes(sparing) < 0.4 * saved_bytes(ordinary)
+
+
+def test_grad_checkpointing_updates_the_statistics_of_any_bn_once() -> None:
+    """PyTorch's own BN would take the recomputation for another batch."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            units = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(5)]
+            self.stages = nn.ModuleList([nn.Sequential(*units)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stages[0](x)
+
+    ordinary = Net()
+    sparing = Net()
+    sparing.load_state_dict(ordinary.state_dict())
+    checkpoint_units(sparing)
+    for net in (ordinary, sparing):
+        torch.manual_seed(1)
+        net(torch.randn(8, 4)).square().sum().backward()
+    for (name, one), other in zip(ordinary.named_buffers(), sparing.buffers(), strict=True):
+        assert torch.equal(one, other), name
+    assert all(m.momentum == 0.1 for m in sparing.modules() if isinstance(m, nn.BatchNorm1d))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
