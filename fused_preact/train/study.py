@@ -164,7 +164,7 @@ def _outcome(
     rate = statistics.median(row["images_per_s"] for row in rows) if rows else 0.0
     if over:
         return Outcome(seed, None, None, seconds, rate, rows), fresh
-    errors = [100 - checkpoint.score(row) for row in rows]
+    errors = [round(100 - checkpoint.score(row), 6) for row in rows]  # not 1.4000000000000057
     return Outcome(seed, errors[-1], min(errors), seconds, rate, rows), fresh
 
 

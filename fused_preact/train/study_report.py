@@ -111,34 +111,37 @@ def picture(results: dict[str, Any]) -> bytes | None:
     most = max(
         [cell["median"] for cell in cells if cell["median"] is not None and not cell["fail"]], default=FAIL
     )
-    _bars(
-        ours,
-        [None if cell["fail"] else cell["median"] for cell in cells],
-        most,
-        [_error(cell) for cell in cells],
-    )
-    for place, cell in zip(places, cells, strict=True):
-        inside = [error for error in cell["errors"] if error is not None and error <= 1.2 * most]
-        ours.plot(inside, [place] * len(inside), "k.", markersize=4)
+    inside = [
+        [error for error in cell["errors"] if error is not None and error <= 1.2 * most] for cell in cells
+    ]
+    medians = [None if cell["fail"] else cell["median"] for cell in cells]
+    _bars(ours, medians, most, [_error(cell) for cell in cells], inside)
+    for place, errors in zip(places, inside, strict=True):
+        ours.plot(errors, [place] * len(errors), "k.", markersize=4)
     told = [cell["paper"] for cell in cells]
     figures = [float(text) if text not in ("", "fail") else None for text in told]
-    _bars(theirs, figures, max([value for value in figures if value is not None], default=FAIL), told)
+    highest = max([value for value in figures if value is not None], default=FAIL)
+    _bars(theirs, figures, highest, told, [[] for _ in cells])
     theirs.tick_params(labelleft=False)
     figure.suptitle(f"Table {results['table']}: {results['title']}")
     return _png(figure)
 
 
-def _bars(axis: Any, values: Sequence[float | None], most: float, told: Sequence[str]) -> None:
-    for place, (value, text) in enumerate(zip(values, told, strict=True)):
+def _bars(
+    axis: Any,
+    values: Sequence[float | None],
+    most: float,
+    told: Sequence[str],
+    dots: Sequence[Sequence[float]],
+) -> None:
+    """A bar for each value, pale and as long as the longest for a fail; the text behind it and behind its dots."""
+    for place, (value, text, beside) in enumerate(zip(values, told, dots, strict=True)):
         if value is None and not text:
             continue
-        failed = value is None
-        axis.barh(
-            place, most if failed else value, color="C3" if failed else "C0", alpha=0.25 if failed else 0.7
-        )
-        axis.annotate(
-            text, (most if failed else value, place), (4, 0), textcoords="offset points", va="center"
-        )
+        length, look = (most, ("C3", 0.25)) if value is None else (value, ("C0", 0.7))
+        axis.barh(place, length, color=look[0], alpha=look[1])
+        end = (max([length, *beside]), place)
+        axis.annotate(text, end, (5, 0), textcoords="offset points", va="center")
     axis.set_xlim(0, 1.5 * most or 1)
 
 
