@@ -218,7 +218,7 @@ def test_cli_interrupt_says_how_to_go_on(
     ("flags", "parts"),
     [
         (["--data", "mnist"], ["--data", "mnist", "digits", "cifar100"]),
-        (["--model", "resnet50"], ["model='resnet50'", "cifar_preact_resnet20"]),
+        (["--model", "resnet51"], ["model='resnet51'", "cifar_preact_resnet20"]),
         (["--data", "cifar10"], ["--data-dir", "cifar-10-binary.tar.gz"]),
         (["--data", "cifar10", "--data-dir", "nowhere"], ["nowhere", "cifar-10-binary.tar.gz"]),
         (["--device", "tpu"], ["device='tpu'", "cpu"]),
