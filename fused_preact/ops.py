@@ -40,16 +40,16 @@ _SCHEMAS = {
     "bn_update_running": "(Tensor[] mean, Tensor[] var, Tensor(a!)[] running_mean, Tensor(b!)[] running_var,"
     " Tensor(c!)[] num_batches_tracked, float? momentum, SymInt[] count) -> ()",
     "conv_fprop": "(Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor? bias, Tensor? residual,"
-    f" {_CONV}, bool stats, bool output_relu=False, bool relu=True) -> (Tensor, Tensor, Tensor)",
+    f" {_CONV}, bool stats, bool output_relu=False, bool prologue_relu=True) -> (Tensor, Tensor, Tensor)",
     "conv_fprop_bn": "(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias,"
-    f" {_CONV}, Tensor? bn_weight, Tensor? bn_bias, float eps, bool relu=True)"
+    f" {_CONV}, Tensor? bn_weight, Tensor? bn_bias, float eps, bool prologue_relu=True)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "conv_dgrad": "(Tensor dy, Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? da,"
-    f" {_CONV}, bool relu=True) -> (Tensor, Tensor, Tensor)",
+    f" {_CONV}, bool prologue_relu=True) -> (Tensor, Tensor, Tensor)",
     "conv_wgrad": "(Tensor dy, Tensor x, Tensor scale, Tensor shift, Tensor weight,"
-    f" {_CONV}, bool relu=True) -> Tensor",
+    f" {_CONV}, bool prologue_relu=True) -> Tensor",
     "conv_backward": "(Tensor dy, Tensor[] pending, Tensor weight, Tensor x, Tensor[] bn, Tensor? da,"
-    f" Tensor? residual_grad, {_CONV}, bool training, bool apply, bool weight_grad, bool relu=True)"
+    f" Tensor? residual_grad, {_CONV}, bool training, bool apply, bool weight_grad, bool prologue_relu=True)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "bn_backward_apply": "(Tensor g, Tensor x, Tensor mean, Tensor scale, Tensor rstd, Tensor sum_g,"
     " Tensor sum_gx, bool training, Tensor? residual_grad) -> Tensor",
