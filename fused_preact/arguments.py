@@ -365,6 +365,12 @@ def check_unit(
     return _Plan(unit, tuple(counts), None if any(site.group for site in constants) else {})
 
 
+def check_convolution(x: Kind, conv: ConvKind) -> Conv:
+    """The constants of a convolution without a BN before it."""
+    _check_input(x)
+    return _check_convolution(x, tuple(x[0]), conv, "")[0]
+
+
 def check_head(x: Kind, bn: NormKind) -> None:
     if not bn.relu:
         raise ValueError("bn.relu: got False, allowed in front of the pooling is True")

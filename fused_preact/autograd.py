@@ -20,6 +20,7 @@ from . import composite, ops
 from .arguments import BatchNorm, Convolution
 from .collective import Group, merged, summed
 from .schedule import (
+    Conv,
     SiteSaved,
     SiteTensors,
     Unit,
@@ -29,7 +30,7 @@ from .schedule import (
     values_per_channel,
 )
 
-__all__ = ["HeadFunction", "UnitFunction"]
+__all__ = ["ConvolutionFunction", "HeadFunction", "UnitFunction"]
 
 _library = torch.library.Library("fused_preact", "FRAGMENT")
 _library.define("first_order(Tensor(a) dy) -> Tensor(a)")
@@ -53,6 +54,38 @@ _library.impl("first_order", _first_order, "CompositeImplicitAutograd")
 
 Update = Callable[[Sequence[Tensor]], None] | None
 """Takes the statistics that a forward has made; None where its caller takes them from the results."""
+
+
+class ConvolutionFunction(torch.autograd.Function):
+    """A convolution whose epilogue reduces the statistics of its output, for the BN behind it: y, mean, var.
+
+    Only y carries a gradient: the site that normalises with the statistics has their part in its own. Backward is
+    PyTorch's, and so twice differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, conv: Conv, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        k = ops.table(backend, x)
+        y, mean, var = k.conv_fprop(x, None, None, weight, bias, None, *conv, True)
+        ctx.conv = conv
+        ctx.save_for_backward(x, weight)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *unused: None) -> Any:
+        if dy is None:
+            return (None,) * 5
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.conv
+        sizes, mask = [weight.shape[0]], ctx.needs_input_grad[2:]
+        grads = torch.ops.aten.convolution_backward(
+            dy, x, weight, sizes, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+        return (None, None, *grads)
 
 
 class UnitFunction(torch.autograd.Function):

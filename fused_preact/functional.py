@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -21,13 +22,14 @@ from .arguments import (
     Convolution,
     NormKind,
     Statistics,
+    check_convolution,
     check_head,
     check_unit,
     checked,
     kind,
     values_per_channel,
 )
-from .autograd import HeadFunction, UnitFunction
+from .autograd import ConvolutionFunction, HeadFunction, UnitFunction
 from .calls import recomputing, transforming
 from .reference import statistics_dtype
 
@@ -36,6 +38,7 @@ __all__ = [
     "Convolution",
     "Statistics",
     "bn_relu_avg_pool2d",
+    "conv2d_with_statistics",
     "preact_chain",
     "preact_conv2d",
     "preact_site",
@@ -154,6 +157,31 @@ def residual_unit(
     if not sites:
         raise ValueError(_NO_SITES)
     return _unit(input, list(sites), projection, projection is None, None, statistics, return_statistics)
+
+
+def conv2d_with_statistics(input: Tensor, conv: Convolution) -> tuple[Tensor, Statistics | None]:
+    """``conv2d(input)``, and the statistics of its output for the site that reads it, from its epilogue.
+
+    For a convolution without a BN before it, [N,C,H,W] -> [N,K,OH,OW]; dtypes, memory format and errors as in
+    :func:`preact_conv2d`. Statistics are None, and left to the site, where no kernel serves or a compiler traces.
+    """
+    weight, bias = conv.weight, conv.bias
+    if _autocasting(input):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    spec = checked(check_convolution, input, ConvKind.of(conv._replace(weight=weight, bias=bias)))
+    if (
+        torch.compiler.is_compiling()
+        or _by_composite(input, weight, bias)
+        or ops.serving_backend(input) == "reference"
+    ):
+        return F.conv2d(input, weight, bias, *spec), None
+    converted = not input.is_contiguous(memory_format=torch.channels_last)
+    y, mean, var = ConvolutionFunction.apply(
+        spec, ops.requested_backend(), to_native_format(input), weight, bias
+    )
+    return y.contiguous() if converted else y, Statistics(mean, var)
 
 
 def bn_relu_avg_pool2d(input: Tensor, bn: BatchNorm, statistics: Statistics | None = None) -> Tensor:

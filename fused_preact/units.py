@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calls import observed, runs_batch_norm, runs_convolution
-from .functional import BatchNorm, Convolution, Statistics, preact_chain
+from .functional import BatchNorm, Convolution, Statistics, conv2d_with_statistics, preact_chain
 from .modules import (
     IdentityProjection,
     PreActBasicBlock,
@@ -262,23 +262,30 @@ class ResidualUnit(Unit):
         x = self.run(self.before, input)
         h, g = self.shortcut_of(x)
         f, made, added = x, None, False
+        handed = None if self.before else statistics  # of f
         for i, part in enumerate(self.parts):
             if isinstance(part, str):
-                f = self.run((part,), f)
+                conv = getattr(self, part) if self._makes_statistics(i) else None
+                if fused and conv is not None and runs_convolution(conv):
+                    f, handed = conv2d_with_statistics(f, Convolution.of(conv))
+                else:
+                    f, handed = self.run((part,), f), None
                 continue
             sites = [(getattr(self, bn), getattr(self, conv)) for bn, conv in part]
             if not fused or not all(runs_batch_norm(bn) and runs_convolution(conv) for bn, conv in sites):
                 for bn, conv in sites:
                     f = conv(activated(bn, f))
+                handed = None
                 continue
             added = i + 1 == len(self.parts) and self.adds_in_epilogue
             f, made = preact_chain(
                 f,
                 [(BatchNorm.of(bn), Convolution.of(conv)) for bn, conv in sites],
                 h if added else None,
-                statistics=None if i or self.before else statistics,
+                statistics=handed,
                 return_statistics=added and return_statistics and not self.after,
             )
+            handed = None
         if not added:
             if g is not None and self.kind.kind == "exclusive_gating":
                 f = g * f
@@ -286,6 +293,14 @@ class ResidualUnit(Unit):
                 f = self.on_branch * f
             f = h + f
         return self.run(self.after, f), made
+
+    def _makes_statistics(self, i: int) -> bool:
+        """Whether part ``i`` is a convolution whose epilogue has the statistics that the site behind it asks for."""
+        following = self.parts[i + 1] if i + 1 < len(self.parts) else ""
+        if isinstance(following, str) or not str(self.parts[i]).startswith("conv"):
+            return False
+        norm = getattr(self, following[0][0])
+        return runs_batch_norm(norm) and BatchNorm.of(norm).batch_stats
 
     def shortcut_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """h(x), and the gate where there is one."""

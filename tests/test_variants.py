@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fused_preact
 from fused_preact import PreActBottleneck, PreActSequential, ResidualUnit
 from fused_preact.convert import explain
+from fused_preact.functional import Convolution, conv2d_with_statistics
 from fused_preact.modules import IdentityProjection
 from fused_preact.units import BODIES, ORDERS, Shortcut, ShortcutDropout, make_unit
 
@@ -224,6 +225,76 @@ def test_statistics_travel_between_units(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(fused_preact.ops, "table", lambda name, x: Counting())
     row(image("keeps"))
     assert seen.count("bn_stats") == 1
+
+
+class Counted:
+    """The reference's operations, and the names of those that were called."""
+
+    replayed = None
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.table = fused_preact.ops.table("reference", torch.empty(0))
+
+    def __getattr__(self, name: str) -> Any:
+        self.seen.append(name)
+        return getattr(self.table, name)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "order", ["original", "bn_after_addition", "relu_before_addition", "relu_only_preact"]
+)
+def test_a_convolution_makes_the_statistics_of_the_site_behind_it(
+    order: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = case(order, "A", "bottleneck", "keeps").train(training)
+    counted = Counted()
+    monkeypatch.setattr(fused_preact.ops, "table", lambda name, x: counted)
+    monkeypatch.setattr(fused_preact.ops, "serving_backend", lambda x: "cpu")
+    module(image("keeps"))
+    assert "bn_stats" not in counted.seen
+    # conv1, whose epilogue makes them where the batch's are asked for, and the two sites.
+    convolutions = [name for name in counted.seen if name.startswith("conv_fprop")]
+    assert len(convolutions) == (3 if training else 2)
+
+
+@BACKENDS
+def test_a_convolution_with_statistics(backend: str, device: str) -> None:
+    """Against the convolution itself: values, gradients, gradients of gradients; and the statistics."""
+    torch.manual_seed(4)
+    conv = nn.Conv2d(20, 36, 3, 2, 1).to(device)
+    x = torch.randn(3, 20, 9, 7, device=device, requires_grad=True)
+    exact_x, exact_conv = x.detach().double().requires_grad_(), copy.deepcopy(conv).double()
+
+    def found(conv: nn.Conv2d, x: Tensor, how: Any) -> dict[str, Tensor]:
+        y, *made = how(conv, x)
+        leaves = (x, *conv.parameters())
+        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+        named = {"y": y, **dict(zip(("dx", "dweight", "dbias"), grads, strict=True))}
+        named |= dict(zip(("ddx", "ddweight", "ddbias"), second, strict=True))
+        return {n: t.detach() for n, t in named.items()} | dict(zip(("mean", "var"), made, strict=True))
+
+    def plain(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, ...]:
+        y = conv(x)
+        return y, y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+
+    def fused(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, ...]:
+        with fused_preact.backend(backend):
+            y, statistics = conv2d_with_statistics(x, Convolution.of(conv))
+        return y, *(statistics or plain(conv, x)[1:])
+
+    ours, eager, exact = (
+        found(conv, x, fused),
+        found(conv, x, plain),
+        found(exact_conv, exact_x, plain),
+    )
+    for name, tensor in ours.items():
+        terms = exact["var"].sqrt() + exact["mean"].abs() if name == "mean" else None
+        assert_within_policy(name, tensor, eager[name].detach(), exact[name].detach(), terms=terms)
+    with pytest.raises(ValueError, match=r"weight: got shape \(36, 20, 3, 3\) with groups 1"):
+        conv2d_with_statistics(x[:, :3], Convolution.of(conv))
 
 
 @pytest.mark.parametrize("order", ORDERS)
